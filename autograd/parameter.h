@@ -1,0 +1,68 @@
+// Parameter: a named tensor with a gradient, a trainable flag and a version.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "core/tensor.h"
+
+namespace reprise {
+
+class Parameter {
+ public:
+  Parameter() = default;
+  Parameter(std::string name, Tensor value, bool trainable = true);
+  Parameter(const Parameter&) = delete;
+  Parameter& operator=(const Parameter&) = delete;
+
+  const std::string& name() const { return name_; }
+  void set_name(std::string name) { name_ = std::move(name); }
+  bool defined() const { return value_.defined(); }
+  const Tensor& value() const { return value_; }
+  const Shape& shape() const { return value_.shape(); }
+  DType dtype() const { return value_.dtype(); }
+  // The tensor for writing: the version grows. A tape that has read the older version refuses to
+  // replay with the new one.
+  Tensor write();
+  std::uint64_t version() const { return version_; }
+  // Another storage for the value, of the same shape and dtype (a slice of a bucket, a mapped
+  // file); counts as a write.
+  void bind_value(Tensor value);
+
+  bool trainable() const { return trainable_; }
+  void set_trainable(bool on) { trainable_ = on; }
+
+  // Gradient. Absent until a sweep reaches the parameter; accumulates (+=) over sweeps.
+  bool has_gradient() const { return has_gradient_; }
+  // Throws Error when it is absent, or stale after a failed sweep.
+  const Tensor& gradient() const;
+  // For the optimizer, clipping and reduction; the same errors.
+  Tensor write_gradient();
+  bool stale() const { return stale_; }
+  // Absent again; a bound storage stays bound. Ends staleness.
+  void zero_gradient();
+  // f32 or the parameter's dtype; default the parameter's dtype. Only while absent.
+  DType grad_dtype() const { return grad_dtype_.value_or(value_.dtype()); }
+  void set_grad_dtype(DType dtype);
+  // Later gradients live here (a bucket's slice): shape of the parameter, dtype grad_dtype.
+  void bind_gradient(Tensor storage);
+
+  // For the sweep.
+  struct Sweep;
+  friend struct Sweep;
+
+ private:
+  std::string name_;
+  Tensor value_;
+  Tensor gradient_;        // bound or own storage; meaningful when has_gradient_
+  std::optional<DType> grad_dtype_;
+  std::uint64_t version_ = 0;
+  bool trainable_ = true;
+  bool has_gradient_ = false;
+  bool bound_ = false;
+  bool stale_ = false;
+  bool sweeping_ = false;
+};
+
+}  // namespace reprise

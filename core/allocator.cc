@@ -1,0 +1,226 @@
+#include "core/allocator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "core/arena.h"
+#include "core/error.h"
+#include "core/cuda_device.h"
+
+namespace reprise {
+namespace {
+
+constexpr std::size_t kGuardBytes = 64;
+constexpr unsigned char kGuardByte = 0xA5;
+constexpr unsigned char kPoisonByte = 0xFF;  // a NaN in every floating type
+
+bool intact(const unsigned char* guard) {
+  return std::all_of(guard, guard + kGuardBytes, [](unsigned char c) { return c == kGuardByte; });
+}
+
+}  // namespace
+
+std::string_view name(MemoryKind kind) {
+  constexpr std::string_view kNames[kMemoryKinds] = {
+      "parameters", "gradients", "optimizer", "activations", "saved", "workspace", "communication"};
+  return kNames[static_cast<std::size_t>(kind)];
+}
+
+Allocator::Allocator(Device device, std::unique_ptr<MemorySource> source)
+    : device_(device), source_(std::move(source)), start_(std::chrono::steady_clock::now()) {}
+
+void Allocator::count(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment) {
+  const auto k = static_cast<std::size_t>(kind);
+  live_bytes_ += delta_bytes;
+  live_[k] += delta_bytes;
+  live_by_label_[segment] += delta_bytes;
+  if (delta_bytes > 0) {
+    peak_[k] = std::max(peak_[k], live_[k]);
+    peak_by_label_[segment] = std::max(peak_by_label_[segment], live_by_label_[segment]);
+    if (live_bytes_ > peak_bytes_) {
+      peak_bytes_ = live_bytes_;
+      at_peak_ = live_;
+    }
+  }
+  if (timeline_) {
+    const auto now = std::chrono::steady_clock::now() - start_;
+    events_.push_back({std::chrono::duration_cast<std::chrono::microseconds>(now).count(),
+                       live_bytes_, delta_bytes, kind, segment});
+  }
+}
+
+void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment) {
+  std::lock_guard lock(mutex_);
+  if (fault_) {
+    fault_(bytes);
+  }
+  void* at = nullptr;
+  if (real && bytes > 0) {
+    if (guard_ && device_.kind != DeviceKind::cuda) {
+      auto* block = static_cast<unsigned char*>(source_->allocate(bytes + 2 * kGuardBytes));
+      std::memset(block, kGuardByte, kGuardBytes);
+      std::memset(block + kGuardBytes + bytes, kGuardByte, kGuardBytes);
+      at = block + kGuardBytes;
+    } else {
+      at = source_->allocate(bytes);
+    }
+  }
+  segment = label_;
+  count(static_cast<std::int64_t>(bytes), kind, segment);
+  return at;
+}
+
+void Allocator::free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment) noexcept {
+  std::lock_guard lock(mutex_);
+  count(-static_cast<std::int64_t>(bytes), kind, segment);
+  if (at == nullptr) {
+    return;
+  }
+  const bool host = device_.kind != DeviceKind::cuda;
+  if (poison_ && host) {
+    std::memset(at, kPoisonByte, bytes);
+  }
+  if (guard_ && host) {
+    auto* block = static_cast<unsigned char*>(at) - kGuardBytes;
+    if (!intact(block) || !intact(block + kGuardBytes + bytes)) {
+      ++damaged_;
+    }
+    source_->free(block, bytes + 2 * kGuardBytes);
+  } else {
+    source_->free(at, bytes);
+  }
+}
+
+void Allocator::reclassify(std::size_t bytes, MemoryKind from, MemoryKind to) noexcept {
+  std::lock_guard lock(mutex_);
+  live_[static_cast<std::size_t>(from)] -= static_cast<std::int64_t>(bytes);
+  auto& live = live_[static_cast<std::size_t>(to)];
+  live += static_cast<std::int64_t>(bytes);
+  auto& peak = peak_[static_cast<std::size_t>(to)];
+  peak = std::max(peak, live);
+}
+
+MemoryReport Allocator::report() const {
+  std::lock_guard lock(mutex_);
+  MemoryReport report{live_bytes_, peak_bytes_, live_, at_peak_, peak_, {}};
+  for (std::size_t i = 1; i < labels_.size(); ++i) {
+    report.peak_by_segment[labels_[i]] = peak_by_label_[i];
+  }
+  return report;
+}
+
+void Allocator::reset_peak() {
+  std::lock_guard lock(mutex_);
+  peak_bytes_ = live_bytes_;
+  at_peak_ = peak_ = live_;
+  peak_by_label_ = live_by_label_;
+}
+
+std::string Allocator::set_segment(std::string label) {
+  std::lock_guard lock(mutex_);
+  auto [it, fresh] = label_ids_.try_emplace(label, static_cast<std::uint32_t>(labels_.size()));
+  if (fresh) {
+    labels_.push_back(std::move(label));
+    live_by_label_.push_back(0);
+    peak_by_label_.push_back(0);
+  }
+  return labels_[std::exchange(label_, it->second)];
+}
+
+void Allocator::set_guard(bool on) {
+  std::lock_guard lock(mutex_);
+  ensure(live_bytes_ == 0, "guard bytes can only be switched while nothing is allocated ({} bytes are)",
+         live_bytes_);
+  guard_ = on;
+}
+
+std::int64_t Allocator::damaged_guards() const {
+  std::lock_guard lock(mutex_);
+  return damaged_;
+}
+
+void Allocator::set_poison(bool on) {
+  std::lock_guard lock(mutex_);
+  poison_ = on;
+}
+
+void Allocator::set_fault(std::function<void(std::size_t)> fault) {
+  std::lock_guard lock(mutex_);
+  fault_ = std::move(fault);
+}
+
+void Allocator::set_timeline(bool on) {
+  std::lock_guard lock(mutex_);
+  timeline_ = on;
+  if (on) {
+    events_.clear();
+    start_ = std::chrono::steady_clock::now();
+  }
+}
+
+std::string Allocator::timeline_json() const {
+  std::lock_guard lock(mutex_);
+  std::string json = fmt::format("{{\"device\": \"{}\", \"events\": [", to_string(device_));
+  for (std::size_t i = 0; i < events_.size(); ++i) {
+    const Event& e = events_[i];
+    std::string label;  // labels are segment names: quote and backslash are escaped
+    for (char c : labels_[e.segment]) {
+      if (c == '"' || c == '\\') {
+        label += '\\';
+      }
+      label += c;
+    }
+    json += fmt::format("{}[{}, {}, {}, \"{}\", \"{}\"]", i ? ",\n" : "\n", e.microseconds,
+                        e.live_bytes, e.delta_bytes, name(e.kind), label);
+  }
+  return json + "\n]}\n";
+}
+
+Allocator& allocator(Device device) {
+  if (device.kind == DeviceKind::cpu) {
+    static Allocator instance(cpu, std::make_unique<Arena>());
+    return instance;
+  }
+  if (device.kind == DeviceKind::meta) {
+    static Allocator instance(meta, std::make_unique<Arena>());
+    return instance;
+  }
+  return cuda_allocator(device);
+}
+
+Storage* Storage::allocate(std::size_t bytes, Device device, MemoryKind kind, bool real) {
+  auto storage = std::make_unique<Storage>();
+  storage->bytes = bytes;
+  storage->kind = kind;
+  storage->device = device;
+  storage->data = allocator(device).allocate(bytes, kind, real, storage->segment);
+  return storage.release();
+}
+
+Storage* Storage::wrap(void* data, std::size_t bytes, Device device, std::shared_ptr<void> owner) {
+  auto* storage = new Storage;
+  storage->data = data;
+  storage->bytes = bytes;
+  storage->device = device;
+  storage->owner = owner ? std::move(owner) : std::shared_ptr<void>(data, [](void*) {});
+  return storage;
+}
+
+void Storage::reclassify(MemoryKind to) {
+  if (!owner && kind != to) {
+    allocator(device).reclassify(bytes, kind, to);
+    kind = to;
+  }
+}
+
+void Storage::release() noexcept {
+  if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    if (!owner) {
+      allocator(device).free(data, bytes, kind, segment);
+    }
+    delete this;
+  }
+}
+
+}  // namespace reprise

@@ -1,0 +1,22 @@
+// The cuda device behind plain functions, so that nothing above core needs a CUDA header. A build
+// without CUDA has them too: there they throw Error and say what to install.
+#pragma once
+
+#include <cstddef>
+
+#include "core/allocator.h"
+#include "core/device.h"
+
+namespace reprise {
+
+// Number of usable devices; 0 without a driver, a device, or CUDA in the build.
+int cuda_device_count();
+// Throws Error when the device is not there.
+Allocator& cuda_allocator(Device device);
+// Copies between host and device, or between devices, in order of the current stream; returns
+// when the host may touch its side again.
+void cuda_copy(void* to, Device to_device, const void* from, Device from_device, std::size_t bytes);
+void cuda_zero(void* at, Device device, std::size_t bytes);
+void cuda_synchronize(Device device);
+
+}  // namespace reprise

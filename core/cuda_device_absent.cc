@@ -1,0 +1,22 @@
+// The cuda device of a build without CUDA.
+#include "core/cuda_device.h"
+#include "core/error.h"
+
+namespace reprise {
+namespace {
+
+[[noreturn]] void absent() {
+  fail("cuda",
+       "this build has no CUDA: install the CUDA toolkit (nvcc 12 or later) and configure with the "
+       "preset 'cuda'");
+}
+
+}  // namespace
+
+int cuda_device_count() { return 0; }
+Allocator& cuda_allocator(Device) { absent(); }
+void cuda_copy(void*, Device, const void*, Device, std::size_t) { absent(); }
+void cuda_zero(void*, Device, std::size_t) { absent(); }
+void cuda_synchronize(Device) { absent(); }
+
+}  // namespace reprise
