@@ -115,6 +115,9 @@ class Backward {
   // least is there.
   bool has_gradient(std::size_t k) const { return gradients_[k].defined(); }
   const Tensor& gradient(std::size_t k) const { return gradients_[k]; }
+  // True when the gradient of output k is the sweep's own start, exactly 1: known without reading
+  // an element, so also on meta.
+  bool gradient_is_one(std::size_t k) const { return (ones_ >> k & 1u) != 0; }
   // Whether input i needs a gradient.
   bool wants(std::size_t i) const { return (wanted_ >> i & 1u) != 0; }
 
@@ -129,7 +132,7 @@ class Backward {
  protected:
   std::span<const Tensor> inputs_, outputs_;
   std::span<Tensor> gradients_;
-  Mask wanted_ = 0;
+  Mask wanted_ = 0, ones_ = 0;
 };
 
 class Op {

@@ -55,7 +55,7 @@ class Parameter {
  private:
   std::string name_;
   Tensor value_;
-  Tensor gradient_;        // bound or own storage; meaningful when has_gradient_
+  Tensor gradient_;  // bound or own storage; meaningful when has_gradient_
   std::optional<DType> grad_dtype_;
   std::uint64_t version_ = 0;
   bool trainable_ = true;

@@ -22,19 +22,19 @@ enum class Keep : std::uint8_t {
 
 // What a policy may look at.
 struct Candidate {
-  std::string_view op;     // kind: "matmul"
-  std::string_view name;   // of the value, where the model named it; else empty
-  std::int64_t ordinal;    // of the record in its segment, from 0
-  Cost cost;               // of running it again
-  std::int64_t bytes;      // of its outputs
+  std::string_view op;    // kind: "matmul"
+  std::string_view name;  // of the value, where the model named it; else empty
+  std::int64_t ordinal;   // of the record in its segment, from 0
+  Cost cost;              // of running it again
+  std::int64_t bytes;     // of its outputs
 };
 
 using Policy = std::function<Keep(const Candidate&)>;
 
-Policy keep_all();                                              // Saved for every op
-Policy keep_inputs();                                           // Drop for every op
-Policy keep_ops(std::initializer_list<std::string_view> ops);   // Output for these kinds
-Policy keep_products();                                         // matrix products and attention
+Policy keep_all();                                             // Saved for every op
+Policy keep_inputs();                                          // Drop for every op
+Policy keep_ops(std::initializer_list<std::string_view> ops);  // Output for these kinds
+Policy keep_products();                                        // matrix products and attention
 Policy keep_named(std::initializer_list<std::string_view> values);
 // The stronger of the two: Output over Saved over Drop.
 Policy operator|(Policy a, Policy b);

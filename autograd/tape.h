@@ -22,9 +22,9 @@ struct TapeReport {
   std::int64_t segments = 0;
   std::int64_t forward_flops = 0, replay_flops = 0, backward_flops = 0;
   std::int64_t replayed_records = 0;
-  std::int64_t dropped_bytes = 0;    // of values that the tape let go and a replay can restore
-  std::int64_t restored_bytes = 0;   // by replays
-  std::int64_t pinned_bytes = 0;     // inside segments, held only by the user's handles
+  std::int64_t dropped_bytes = 0;   // of values that the tape let go and a replay can restore
+  std::int64_t restored_bytes = 0;  // by replays
+  std::int64_t pinned_bytes = 0;    // inside segments, held only by the user's handles
 };
 
 class TapeState;  // records, values, segments: autograd/tape_state.h
@@ -99,13 +99,13 @@ decltype(auto) checkpoint(std::string_view name, F&& f, A&&... args) {
 
 struct Ready {
   Parameter* parameter;
-  int expected;               // contributions of this sweep
-  std::int64_t last_read;     // record after which its data may change; -1: not read any more
+  int expected;            // contributions of this sweep
+  std::int64_t last_read;  // record after which its data may change; -1: not read any more
 };
 
 struct Plan {
-  std::vector<Ready> order;               // in the order of on_ready; expected == 0 first
-  std::vector<Parameter*> unreached;      // of BackwardOptions::parameters, trainable, expected 0
+  std::vector<Ready> order;           // in the order of on_ready; expected == 0 first
+  std::vector<Parameter*> unreached;  // of BackwardOptions::parameters, trainable, expected 0
 };
 
 struct BackwardOptions {
@@ -115,9 +115,9 @@ struct BackwardOptions {
   std::vector<double> scale;
   // Given, the plan covers them all, and names those that the losses do not reach.
   std::span<Parameter* const> parameters;
-  std::function<void(const Plan&)> on_plan;           // before any gradient is touched
-  std::function<void(Parameter&)> on_ready;           // its gradient is complete
-  std::function<void(Parameter&)> on_last_read;       // its data may be updated, freed, resharded
+  std::function<void(const Plan&)> on_plan;      // before any gradient is touched
+  std::function<void(Parameter&)> on_ready;      // its gradient is complete
+  std::function<void(Parameter&)> on_last_read;  // its data may be updated, freed, resharded
   // Copies of accumulated gradients are kept until the sweep has ended, and restored if it fails.
   bool undo = false;
 };

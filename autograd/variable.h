@@ -20,9 +20,9 @@ class Tape;
 
 class Variable {
  public:
-  Variable() = default;                        // absent: an optional input that is not there
-  Variable(Tensor constant);                   // NOLINT: a constant; bound to a tape by its first use
-  Variable(const Parameter& parameter);        // NOLINT: a leaf on the current tape
+  Variable() = default;                  // absent: an optional input that is not there
+  Variable(Tensor constant);             // NOLINT: a constant; bound to a tape by its first use
+  Variable(const Parameter& parameter);  // NOLINT: a leaf on the current tape
   // A leaf whose gradient may be asked for with grad().
   static Variable leaf(Tensor value);
   Variable(const Variable& other);
@@ -43,7 +43,7 @@ class Variable {
   Device device() const;
   bool needs_gradient() const;
 
-  Value* value() const { return value_; }      // for the tape
+  Value* value() const { return value_; }  // for the tape
   explicit Variable(Value* value);
 
  private:

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "core/arena.h"
-#include "core/error.h"
 #include "core/cuda_device.h"
+#include "core/error.h"
 
 namespace reprise {
 namespace {
@@ -130,8 +130,8 @@ std::string Allocator::set_segment(std::string label) {
 
 void Allocator::set_guard(bool on) {
   std::lock_guard lock(mutex_);
-  ensure(live_bytes_ == 0, "guard bytes can only be switched while nothing is allocated ({} bytes are)",
-         live_bytes_);
+  ensure(live_bytes_ == 0,
+         "guard bytes can only be switched while nothing is allocated ({} bytes are)", live_bytes_);
   guard_ = on;
 }
 

@@ -25,8 +25,8 @@ enum class MemoryKind : std::uint8_t {
   parameters,
   gradients,
   optimizer,
-  activations,    // alive through a handle or an op under way
-  saved,          // held by the tape for backward or as the start of a replay
+  activations,  // alive through a handle or an op under way
+  saved,        // held by the tape for backward or as the start of a replay
   workspace,
   communication,
 };
@@ -38,9 +38,9 @@ using BytesByKind = std::array<std::int64_t, kMemoryKinds>;
 struct MemoryReport {
   std::int64_t live_bytes = 0;
   std::int64_t peak_bytes = 0;
-  BytesByKind live{};             // by kind, now
-  BytesByKind at_peak{};          // by kind, at the moment of the peak
-  BytesByKind peak{};             // the largest of each kind, whenever it was
+  BytesByKind live{};                                   // by kind, now
+  BytesByKind at_peak{};                                // by kind, at the moment of the peak
+  BytesByKind peak{};                                   // the largest of each kind, whenever it was
   std::map<std::string, std::int64_t> peak_by_segment;  // bytes allocated under each label
 };
 
@@ -114,13 +114,13 @@ Allocator& allocator(Device device);
 
 // A block of memory with a reference count. Made by Tensor.
 struct Storage {
-  void* data = nullptr;              // null for a floating tensor on meta, and for zero bytes
+  void* data = nullptr;  // null for a floating tensor on meta, and for zero bytes
   std::size_t bytes = 0;
   MemoryKind kind = MemoryKind::activations;
   Device device;
   std::uint32_t segment = 0;
   std::atomic<std::int32_t> references{1};
-  std::shared_ptr<void> owner;       // set when the memory is not the allocator's
+  std::shared_ptr<void> owner;  // set when the memory is not the allocator's
 
   // From the allocator of the device.
   static Storage* allocate(std::size_t bytes, Device device, MemoryKind kind, bool real);

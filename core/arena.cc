@@ -1,11 +1,11 @@
 #include "core/arena.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
 #include <new>
+
+#include <sys/mman.h>
 
 #include "core/error.h"
 
@@ -16,12 +16,15 @@ constexpr std::size_t kPage = 4096;
 constexpr std::size_t kSmall = 32 << 10;  // below: the C library's heap
 constexpr std::size_t kReserved = std::size_t{1} << 42;
 
-std::size_t page_rounded(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+std::size_t page_rounded(std::size_t bytes) {
+  return (bytes + kPage - 1) / kPage * kPage;
+}
 
 }  // namespace
 
 Arena::Arena(std::size_t slack_bytes) : slack_bytes_(slack_bytes) {
-  for (reserved_bytes_ = kReserved; reserved_bytes_ >= (std::size_t{1} << 32); reserved_bytes_ /= 4) {
+  for (reserved_bytes_ = kReserved; reserved_bytes_ >= (std::size_t{1} << 32);
+       reserved_bytes_ /= 4) {
     void* at = mmap(nullptr, reserved_bytes_, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at != MAP_FAILED) {
@@ -105,7 +108,8 @@ void Arena::free(void* at, std::size_t bytes) noexcept {
 
 void Arena::trim() {
   // The largest go first: fewest calls, and small holes are soon used again.
-  for (auto it = by_size_.rbegin(); it != by_size_.rend() && dirty_bytes_ > slack_bytes_ / 2; ++it) {
+  for (auto it = by_size_.rbegin(); it != by_size_.rend() && dirty_bytes_ > slack_bytes_ / 2;
+       ++it) {
     Span& span = free_.at(it->second);
     if (span.dirty_bytes > 0) {
       // A span's dirty part cannot be told from its clean part, and giving back clean pages is free

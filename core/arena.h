@@ -34,9 +34,9 @@ class Arena : public MemorySource {
   const std::size_t slack_bytes_;
   char* base_ = nullptr;
   std::size_t reserved_bytes_ = 0;
-  std::map<char*, Span> free_;                        // by address
-  std::set<std::pair<std::size_t, char*>> by_size_;   // the same, for best fit
-  std::size_t dirty_bytes_ = 0;                       // sum over free_
+  std::map<char*, Span> free_;                       // by address
+  std::set<std::pair<std::size_t, char*>> by_size_;  // the same, for best fit
+  std::size_t dirty_bytes_ = 0;                      // sum over free_
 };
 
 }  // namespace reprise

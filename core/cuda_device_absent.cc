@@ -13,10 +13,20 @@ namespace {
 
 }  // namespace
 
-int cuda_device_count() { return 0; }
-Allocator& cuda_allocator(Device) { absent(); }
-void cuda_copy(void*, Device, const void*, Device, std::size_t) { absent(); }
-void cuda_zero(void*, Device, std::size_t) { absent(); }
-void cuda_synchronize(Device) { absent(); }
+int cuda_device_count() {
+  return 0;
+}
+Allocator& cuda_allocator(Device) {
+  absent();
+}
+void cuda_copy(void*, Device, const void*, Device, std::size_t) {
+  absent();
+}
+void cuda_zero(void*, Device, std::size_t) {
+  absent();
+}
+void cuda_synchronize(Device) {
+  absent();
+}
 
 }  // namespace reprise

@@ -4,9 +4,13 @@
 
 namespace reprise {
 
-int threads() { return omp_get_max_threads(); }
+int threads() {
+  return omp_get_max_threads();
+}
 
-void set_threads(int count) { omp_set_num_threads(std::max(1, count)); }
+void set_threads(int count) {
+  omp_set_num_threads(std::max(1, count));
+}
 
 namespace internal {
 

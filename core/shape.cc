@@ -48,6 +48,8 @@ Shape Shape::with(int dim, std::int64_t size) const {
   return copy;
 }
 
-std::string to_string(const Shape& shape) { return fmt::format("[{}]", fmt::join(shape.sizes(), ", ")); }
+std::string to_string(const Shape& shape) {
+  return fmt::format("[{}]", fmt::join(shape.sizes(), ", "));
+}
 
 }  // namespace reprise

@@ -42,8 +42,8 @@ void copy_loops(std::span<const Loop> loops, char* to, const char* from, std::in
     return;
   }
   for (std::int64_t i = 0; i < loop.size; ++i) {
-    copy_loops(loops.subspan(1), to + i * loop.to_stride * bytes, from + i * loop.from_stride * bytes,
-               bytes);
+    copy_loops(loops.subspan(1), to + i * loop.to_stride * bytes,
+               from + i * loop.from_stride * bytes, bytes);
   }
 }
 
@@ -110,8 +110,8 @@ Tensor Tensor::empty(const Shape& shape, DType dtype, Device device, MemoryKind 
   tensor.dtype_ = dtype;
   tensor.device_ = device;
   tensor.defined_ = true;
-  tensor.storage_ = Storage::allocate(static_cast<std::size_t>(tensor.bytes()), device, kind,
-                                      !tensor.is_meta());
+  tensor.storage_ =
+      Storage::allocate(static_cast<std::size_t>(tensor.bytes()), device, kind, !tensor.is_meta());
   return tensor;
 }
 
@@ -166,13 +166,16 @@ Tensor Tensor::wrap(void* data, const Shape& shape, DType dtype, Device device,
 
 void* Tensor::raw() const {
   if (is_meta()) {
-    fail("data", "a floating tensor on meta has no elements (shape {}): a data-dependent branch in a dry run?",
+    fail("data",
+         "a floating tensor on meta has no elements (shape {}): a data-dependent branch in a dry "
+         "run?",
          to_string(shape_));
   }
   if (storage_ == nullptr) {
     fail("data", "the tensor has no storage (shape {})", to_string(shape_));
   }
-  return static_cast<char*>(storage_->data) + offset_ * static_cast<std::int64_t>(size_bytes(dtype_));
+  return static_cast<char*>(storage_->data) +
+         offset_ * static_cast<std::int64_t>(size_bytes(dtype_));
 }
 
 bool Tensor::is_contiguous() const {
@@ -284,7 +287,9 @@ Tensor Tensor::as_view(const Shape& shape, const Strides& strides, std::int64_t 
   return view;
 }
 
-Tensor Tensor::contiguous(MemoryKind kind) const { return is_contiguous() ? *this : clone(kind); }
+Tensor Tensor::contiguous(MemoryKind kind) const {
+  return is_contiguous() ? *this : clone(kind);
+}
 
 Tensor Tensor::clone(MemoryKind kind) const {
   Tensor copy = empty(shape_, dtype_, device_, kind);
@@ -341,7 +346,9 @@ Tensor Tensor::to(Device device, MemoryKind kind) const {
   return copy;
 }
 
-Tensor Tensor::to_host() const { return device_.kind == DeviceKind::cuda ? to(cpu) : *this; }
+Tensor Tensor::to_host() const {
+  return device_.kind == DeviceKind::cuda ? to(cpu) : *this;
+}
 
 void Tensor::drop_storage() {
   if (storage_ != nullptr) {
@@ -363,7 +370,9 @@ std::int64_t Tensor::storage_bytes() const {
   return storage_ == nullptr ? 0 : static_cast<std::int64_t>(storage_->bytes);
 }
 
-MemoryKind Tensor::kind() const { return storage_ == nullptr ? MemoryKind::activations : storage_->kind; }
+MemoryKind Tensor::kind() const {
+  return storage_ == nullptr ? MemoryKind::activations : storage_->kind;
+}
 
 void Tensor::reclassify(MemoryKind kind) const {
   if (storage_ != nullptr) {

@@ -54,9 +54,7 @@ class Tensor {
   int rank() const { return shape_.rank(); }
   std::int64_t size(int dim) const { return shape_[dim]; }
   std::int64_t numel() const { return shape_.numel(); }
-  std::int64_t bytes() const {
-    return numel() * static_cast<std::int64_t>(size_bytes(dtype_));
-  }
+  std::int64_t bytes() const { return numel() * static_cast<std::int64_t>(size_bytes(dtype_)); }
   const Strides& strides() const { return strides_; }
   std::int64_t offset() const { return offset_; }  // elements from the start of the storage
   DType dtype() const { return dtype_; }

@@ -26,21 +26,21 @@ namespace reprise::kernels {
 }
 
 // Checks shared by the families. Messages: "[rms_norm] weight must be f32, got i64".
-inline void expect_dtype(std::string_view operation, std::string_view argument, const Tensor& tensor,
-                         DType dtype) {
+inline void expect_dtype(std::string_view operation, std::string_view argument,
+                         const Tensor& tensor, DType dtype) {
   if (tensor.dtype() != dtype) {
     fail(operation, "{} must be {}, got {}", argument, name(dtype), name(tensor.dtype()));
   }
 }
-inline void expect_shape(std::string_view operation, std::string_view argument, const Tensor& tensor,
-                         const Shape& shape, std::string_view letters) {
+inline void expect_shape(std::string_view operation, std::string_view argument,
+                         const Tensor& tensor, const Shape& shape, std::string_view letters) {
   if (tensor.shape() != shape) {
     fail(operation, "{} must be {} = {}, got {}", argument, letters, to_string(shape),
          to_string(tensor.shape()));
   }
 }
-inline void expect_device(std::string_view operation, std::string_view argument, const Tensor& tensor,
-                          Device device) {
+inline void expect_device(std::string_view operation, std::string_view argument,
+                          const Tensor& tensor, Device device) {
   if (tensor.device() != device) {
     fail(operation, "{} must be on {}, got {}", argument, to_string(device),
          to_string(tensor.device()));
@@ -58,7 +58,8 @@ inline std::int64_t expect_rows(std::string_view operation, std::string_view arg
                                 const Tensor& tensor) {
   const auto stride = tensor.row_stride();
   if (!stride) {
-    fail(operation, "{} must be rows of unit stride, got shape {} with other strides: call contiguous()",
+    fail(operation,
+         "{} must be rows of unit stride, got shape {} with other strides: call contiguous()",
          argument, to_string(tensor.shape()));
   }
   return *stride;

@@ -29,8 +29,8 @@ enum class Fill : std::uint8_t { normal, positive, indices };
 struct Argument {
   std::string name;
   Shape shape;
-  Fill fill = Fill::normal;          // normal: N(0, 1); positive: U(0.5, 1.5); indices: 0..limit-1
-  std::int64_t limit = 0;            // of indices; may be drawn from {-100} too, see ignore
+  Fill fill = Fill::normal;  // normal: N(0, 1); positive: U(0.5, 1.5); indices: 0..limit-1
+  std::int64_t limit = 0;    // of indices; may be drawn from {-100} too, see ignore
   bool gradient = true;
   bool always_f32 = false;           // else the dtype of the run (indices: i64)
   bool strided = false;              // also run as rows of a wider matrix
@@ -39,11 +39,11 @@ struct Argument {
 
 struct Mistake {
   std::function<void()> call;
-  std::string message;               // the whole text of the Error
+  std::string message;  // the whole text of the Error
 };
 
 struct OpCase {
-  std::string name;                  // "rms_norm/residual"
+  std::string name;  // "rms_norm/residual"
   std::vector<Argument> inputs;
   // The op on Variables.
   std::function<std::vector<Variable>(const std::vector<Variable>&)> run;
@@ -51,10 +51,10 @@ struct OpCase {
   // output that is not compared. Gradients: central differences of the oracle.
   std::function<std::vector<Array>(const std::vector<Array>&)> oracle;
   std::vector<DType> dtypes = {DType::f32, DType::bf16};
-  double tolerance = 1.0;            // times the default of the dtype
+  double tolerance = 1.0;  // times the default of the dtype
   std::vector<Mistake> mistakes;
-  bool benchmark = false;            // also a row of bench/kernels (its sizes are then large)
-  bool test = true;                  // false: only a benchmark
+  bool benchmark = false;  // also a row of bench/kernels (its sizes are then large)
+  bool test = true;        // false: only a benchmark
 };
 
 // One function a family.

@@ -1,0 +1,99 @@
+#include "autograd/parameter.h"
+
+#include <utility>
+
+#include "autograd/parameter_sweep.h"
+
+namespace reprise {
+
+Parameter::Parameter(std::string name, Tensor value, bool trainable)
+    : name_(std::move(name)), value_(std::move(value)), trainable_(trainable) {
+  value_.reclassify(MemoryKind::parameters);
+}
+
+Tensor Parameter::write() {
+  ++version_;
+  return value_;
+}
+
+void Parameter::bind_value(Tensor value) {
+  if (value_.defined() && (value.shape() != value_.shape() || value.dtype() != value_.dtype())) {
+    fail("bind_value", "{} must be {} {}, got {} {}", name_, reprise::name(value_.dtype()),
+         to_string(value_.shape()), reprise::name(value.dtype()), to_string(value.shape()));
+  }
+  value_ = std::move(value);
+  ++version_;
+}
+
+const Tensor& Parameter::gradient() const {
+  if (stale_) {
+    fail("gradient", "the gradient of {} is stale after a failed backward: zero it first", name_);
+  }
+  if (!has_gradient_) {
+    fail("gradient", "{} has no gradient", name_);
+  }
+  return gradient_;
+}
+
+Tensor Parameter::write_gradient() {
+  return gradient();
+}
+
+void Parameter::zero_gradient() {
+  has_gradient_ = false;
+  stale_ = false;
+  if (!bound_) {
+    gradient_ = Tensor();
+  }
+}
+
+void Parameter::set_grad_dtype(DType dtype) {
+  if (dtype != DType::f32 && dtype != value_.dtype()) {
+    fail("set_grad_dtype", "gradient of {} must be f32 or {}, got {}", name_,
+         reprise::name(value_.dtype()), reprise::name(dtype));
+  }
+  if (has_gradient_ || bound_) {
+    fail("set_grad_dtype", "{} has a gradient or a bound storage already", name_);
+  }
+  grad_dtype_ = dtype;
+}
+
+void Parameter::bind_gradient(Tensor storage) {
+  if (storage.shape() != value_.shape() || storage.dtype() != grad_dtype() ||
+      !storage.is_contiguous()) {
+    fail("bind_gradient", "storage for {} must be contiguous {} {}, got {} {}", name_,
+         reprise::name(grad_dtype()), to_string(value_.shape()), reprise::name(storage.dtype()),
+         to_string(storage.shape()));
+  }
+  if (has_gradient_) {
+    storage.copy_from(gradient_);
+  }
+  gradient_ = std::move(storage);
+  bound_ = true;
+}
+
+Tensor Parameter::Sweep::fresh(const Parameter& p) {
+  return p.bound_
+             ? p.gradient_
+             : Tensor::empty(p.shape(), p.grad_dtype(), p.value().device(), MemoryKind::gradients);
+}
+
+void Parameter::Sweep::set(Parameter& p, Tensor gradient) {
+  if (p.bound_) {
+    ensure(gradient.shares_storage(p.gradient_), "gradient of {} is not in its bound storage",
+           p.name_);
+  } else {
+    gradient.reclassify(MemoryKind::gradients);
+    p.gradient_ = std::move(gradient);
+  }
+  p.has_gradient_ = true;
+}
+
+void Parameter::Sweep::set_absent(Parameter& p) {
+  p.has_gradient_ = false;
+  if (!p.bound_) {
+    p.gradient_ = Tensor();
+  }
+}
+
+}  // namespace reprise

@@ -1,0 +1,151 @@
+// What a segment keeps while it is open, and how it is folded when it closes.
+#include <algorithm>
+
+#include "autograd/closure.h"
+#include "autograd/tape_state.h"
+
+namespace reprise {
+
+Keep TapeState::ask_policy(const Segment& segment, const Value* value) const {
+  const Record& r = records_[static_cast<std::size_t>(value->producer)];
+  std::vector<Tensor> layouts;
+  const Call layout = call(r, layouts);
+  Candidate candidate{r.op->name(), value->name ? std::string_view(*value->name) : "",
+                      value->producer - segment.first, r.op->cost(layout), 0};
+  for (Value* output : outputs(r)) {
+    candidate.bytes += output->tensor.bytes();
+  }
+  return segment.policy(candidate);
+}
+
+void TapeState::keep_by_policy(const Record& r) {
+  Segment& segment = segments_[static_cast<std::size_t>(open_)];
+  auto keep = [&](Value* value) {
+    if (!outside(value, segment)) {
+      segment.kept.push_back(value->root);
+      add_need(value);
+    }
+  };
+  if (r.op->must_keep()) {
+    std::ranges::for_each(outputs(r), keep);
+    return;
+  }
+  if (r.op->is_view()) {
+    return;
+  }
+  switch (ask_policy(segment, outputs(r)[0])) {
+    case Keep::Drop:
+      return;
+    case Keep::Saved:
+      each_saved(r, keep);
+      return;
+    case Keep::Output:
+      std::ranges::for_each(outputs(r), keep);
+      return;
+  }
+}
+
+void TapeState::name_value(Value* value, std::string_view name) {
+  value->name = std::make_unique<std::string>(name);
+  if (open_ < 0 || value->tape != this || value->is_view() ||
+      outside(value, segments_[static_cast<std::size_t>(open_)])) {
+    return;
+  }
+  // The record was asked about before the name was known.
+  Segment& segment = segments_[static_cast<std::size_t>(open_)];
+  if (ask_policy(segment, value) == Keep::Output) {
+    segment.kept.push_back(value);
+    add_need(value);
+  }
+}
+
+void TapeState::fold(std::int32_t id) {
+  Segment& segment = segments_[static_cast<std::size_t>(id)];
+  const std::uint32_t candidate = next_epoch();
+  for (Value* v : segment.kept) {
+    v->candidate = candidate;
+  }
+  for (std::int32_t c : segment.children) {
+    for (Value* v : segments_[static_cast<std::size_t>(c)].keep) {
+      const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
+      if (must || ask_policy(segment, v) != Keep::Drop) {
+        v->candidate = candidate;
+      }
+    }
+  }
+  Closure closure(*this, id, candidate);
+  for (std::int32_t r = segment.first; r < segment.last; ++r) {
+    const Record& record = records_[static_cast<std::size_t>(r)];
+    if (record.segment == id) {
+      each_saved(record, [&](Value* v) { closure.ask(v); });
+    }
+  }
+  for (std::int32_t c : segment.children) {
+    closure.ask(segments_[static_cast<std::size_t>(c)].hold);
+    closure.ask(segments_[static_cast<std::size_t>(c)].keep);
+  }
+  closure.run([](std::int32_t) {});
+  segment.hold = closure.hold();
+  segment.keep = closure.keep();
+  std::ranges::for_each(segment.hold, add_need);
+  std::ranges::for_each(segment.keep, add_need);
+  if (segment.parent >= 0) {
+    // An outer segment may ask for them later although this one does not.
+    Segment& parent = segments_[static_cast<std::size_t>(segment.parent)];
+    for (Value* v : segment.kept) {
+      if (records_[static_cast<std::size_t>(v->producer)].op->must_keep()) {
+        parent.kept.push_back(v);
+        add_need(v);
+      }
+    }
+  }
+  for (Value* v : segment.ext) {
+    drop_need(v);
+    release(v);
+  }
+  std::ranges::for_each(segment.kept, drop_need);
+  for (std::int32_t c : segment.children) {
+    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
+    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
+  }
+  segment.ext = {};
+  segment.kept = {};
+}
+
+// Nothing in the segment needs a gradient and no outer segment could want it again: what escaped
+// becomes constants, the rest is forgotten.
+void TapeState::truncate(std::int32_t id) {
+  Segment& segment = segments_[static_cast<std::size_t>(id)];
+  for (Value* v : segment.ext) {
+    drop_need(v);
+    release(v);
+  }
+  std::ranges::for_each(segment.kept, drop_need);
+  for (std::int32_t c : segment.children) {
+    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
+    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
+  }
+  const auto first = static_cast<std::size_t>(segment.first);
+  if (first < records_.size()) {
+    const std::size_t first_edge = records_[first].first_input;
+    std::vector<Value*> gone;
+    for (std::size_t r = first; r < records_.size(); ++r) {
+      for (Value* v : outputs(records_[r])) {
+        v->tape = nullptr;
+        gone.push_back(v);
+      }
+    }
+    std::erase_if(values_, [](const Value* v) { return v->tape == nullptr; });
+    for (Value* v : gone) {
+      v->producer = v->segment = -1;
+    }
+    for (Value* v : gone) {
+      release(v);
+    }
+    edges_.resize(first_edge);
+    records_.resize(first);
+  }
+  segments_.resize(static_cast<std::size_t>(id));
+}
+
+}  // namespace reprise

@@ -1,0 +1,230 @@
+#include "autograd/sweep_plan.h"
+
+#include <algorithm>
+#include <tuple>
+#include <unordered_set>
+
+#include "autograd/closure.h"
+
+namespace reprise {
+namespace {
+
+// The parameter whose memory an input reads, directly or through views of it.
+Parameter* parameter_of(const Value* input) {
+  return input == nullptr ? nullptr : input->root->parameter;
+}
+
+}  // namespace
+
+SweepPlan::SweepPlan(TapeState& tape, std::span<const Variable> losses,
+                     std::span<const Variable> wrt, const BackwardOptions& options)
+    : live(tape.records().size()),
+      hold(tape.segments().size()),
+      keep(tape.segments().size()),
+      tape_(tape),
+      may_run_(tape.records().size()) {
+  check(losses, wrt, options);
+  find_live(losses);
+  restrict_segments();
+  find_last_reads();
+  order(options);
+}
+
+void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable> wrt,
+                      const BackwardOptions& options) const {
+  if (tape_.sweeping) {
+    fail("backward", "a sweep of this tape is under way: backward inside a callback of backward");
+  }
+  if (tape_.segment_open()) {
+    fail("backward", "a segment is open: backward belongs outside of checkpoint()");
+  }
+  if (losses.empty()) {
+    fail("backward", "at least one loss is needed");
+  }
+  if (!options.scale.empty() && options.scale.size() != losses.size()) {
+    fail("backward", "scale must have one factor a loss = {}, got {}", losses.size(),
+         options.scale.size());
+  }
+  auto expect_on_tape = [&](const Variable& v, const char* what, std::size_t i) {
+    if (!v.defined()) {
+      fail("backward", "{} {} is absent", what, i);
+    }
+    if (v.value()->stale) {
+      fail("backward", "{} {} is of a tape that was released: backward ran already without keep",
+           what, i);
+    }
+    if (v.value()->tape != nullptr && v.value()->tape != &tape_) {
+      fail("backward", "{} {} is on another tape", what, i);
+    }
+  };
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    expect_on_tape(losses[i], "loss", i);
+    if (losses[i].shape().numel() != 1) {
+      fail("backward", "loss {} must be a scalar, got shape {}", i, to_string(losses[i].shape()));
+    }
+    if (!losses[i].needs_gradient()) {
+      fail("backward", "loss {} does not need a gradient: nothing trainable leads to it", i);
+    }
+  }
+  for (std::size_t i = 0; i < wrt.size(); ++i) {
+    expect_on_tape(wrt[i], "value", i);
+    if (!wrt[i].needs_gradient()) {
+      fail("backward", "value {} does not need a gradient", i);
+    }
+  }
+}
+
+void SweepPlan::find_live(std::span<const Variable> losses) {
+  const std::uint32_t reached = tape_.next_epoch();
+  for (const Variable& loss : losses) {
+    loss.value()->reached = reached;
+    if (Parameter* p = loss.value()->parameter) {
+      Reader& reader = readers[p];
+      ++reader.expected;
+      reader.ready_at = static_cast<std::int32_t>(tape_.records().size());
+    }
+  }
+  for (auto r = static_cast<std::int32_t>(live.size()) - 1; r >= 0; --r) {
+    const Record& record = tape_.records()[static_cast<std::size_t>(r)];
+    if (record.gradients == 0 || std::ranges::none_of(tape_.outputs(record), [&](const Value* v) {
+          return v->reached == reached;
+        })) {
+      continue;
+    }
+    live[static_cast<std::size_t>(r)] = 1;
+    const auto inputs = tape_.inputs(record);
+    for (std::size_t i = inputs.size(); i-- > 0;) {
+      if ((record.gradients >> i & 1u) == 0) {
+        continue;
+      }
+      inputs[i]->reached = reached;
+      if (Parameter* p = inputs[i]->parameter) {
+        Reader& reader = readers[p];
+        ++reader.expected;
+        reader.ready_at = r;
+        reader.slot = i;
+      }
+    }
+  }
+}
+
+void SweepPlan::restrict_segments() {
+  const auto& segments = tape_.segments();
+  std::vector<char> has_live(segments.size());
+  for (std::size_t r = 0; r < live.size(); ++r) {
+    if (live[r] != 0) {
+      for (std::int32_t s = tape_.records()[r].segment;
+           s >= 0 && has_live[static_cast<std::size_t>(s)] == 0;
+           s = segments[static_cast<std::size_t>(s)].parent) {
+        has_live[static_cast<std::size_t>(s)] = 1;
+      }
+    }
+  }
+  for (std::size_t s = segments.size(); s-- > 0;) {  // a child comes after its parent
+    if (has_live[s] == 0) {
+      continue;
+    }
+    const Segment& segment = segments[s];
+    const std::uint32_t candidate = tape_.next_epoch();
+    for (Value* v : segment.keep) {
+      v->candidate = candidate;
+    }
+    Closure closure(tape_, static_cast<std::int32_t>(s), candidate);
+    for (std::int32_t r = segment.first; r < segment.last; ++r) {
+      const Record& record = tape_.records()[static_cast<std::size_t>(r)];
+      if (live[static_cast<std::size_t>(r)] != 0 &&
+          record.segment == static_cast<std::int32_t>(s)) {
+        tape_.each_saved(record, [&](Value* v) { closure.ask(v); });
+      }
+    }
+    for (std::int32_t c : segment.children) {
+      closure.ask(hold[static_cast<std::size_t>(c)]);
+      closure.ask(keep[static_cast<std::size_t>(c)]);
+    }
+    closure.run([&](std::int32_t r) { may_run_[static_cast<std::size_t>(r)] = 1; });
+    hold[s] = closure.hold();
+    keep[s] = closure.keep();
+  }
+}
+
+void SweepPlan::find_last_reads() {
+  for (auto r = static_cast<std::int32_t>(live.size()) - 1; r >= 0; --r) {
+    const auto index = static_cast<std::size_t>(r);
+    const Record& record = tape_.records()[index];
+    const auto inputs = tape_.inputs(record);
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      Parameter* p = parameter_of(inputs[i]);
+      const bool saved = live[index] != 0 && (record.saved.inputs >> i & 1u) != 0;
+      if (p == nullptr || (may_run_[index] == 0 && !saved)) {
+        continue;
+      }
+      const Value* leaf = inputs[i]->root;
+      if (leaf->version != p->version()) {
+        const std::string where =
+            record.segment < 0
+                ? "outside of segments"
+                : "in segment " + tape_.segments()[static_cast<std::size_t>(record.segment)].name;
+        fail("backward",
+             "parameter {} was changed between forward and backward: {} {} read version {}, it is "
+             "{} now",
+             p->name(), record.op->name(), where, leaf->version, p->version());
+      }
+      readers[p].last_read = r;
+    }
+    // A saved output that is a view of a parameter cannot be: views save nothing.
+  }
+}
+
+void SweepPlan::order(const BackwardOptions& options) {
+  std::vector<std::pair<Parameter*, Reader>> reached, unreached;
+  for (const auto& [p, reader] : readers) {
+    if (reader.expected > 0) {
+      reached.emplace_back(p, reader);
+    }
+  }
+  std::ranges::sort(reached, [](const auto& a, const auto& b) {
+    return std::tuple(-a.second.ready_at, a.second.slot) <
+           std::tuple(-b.second.ready_at, b.second.slot);
+  });
+  for (Parameter* p : options.parameters) {  // in the caller's order
+    const auto it = readers.find(p);
+    if (p->trainable() && (it == readers.end() || it->second.expected == 0)) {
+      plan.order.push_back({p, 0, it == readers.end() ? -1 : it->second.last_read});
+      plan.unreached.push_back(p);
+    }
+  }
+  for (const auto& [p, reader] : reached) {
+    plan.order.push_back({p, reader.expected, reader.last_read});
+  }
+  for (const Ready& ready : plan.order) {
+    if (ready.parameter->stale()) {
+      fail("backward", "the gradient of {} is stale after a failed backward: zero it first",
+           ready.parameter->name());
+    }
+  }
+  if (options.on_last_read) {
+    announce_last_reads();
+  }
+}
+
+// Frozen parameters too: sharding frees them. In an order that does not depend on addresses.
+void SweepPlan::announce_last_reads() {
+  last_reads.resize(live.size());
+  std::unordered_set<Parameter*> announced;
+  auto announce = [&](Parameter* p) {
+    if (p != nullptr && announced.insert(p).second) {
+      const std::int32_t last = readers[p].last_read;
+      (last < 0 ? never_read : last_reads[static_cast<std::size_t>(last)]).push_back(p);
+    }
+  };
+  for (const Record& record : tape_.records()) {
+    for (Value* input : tape_.inputs(record)) {
+      announce(parameter_of(input));
+    }
+  }
+  for (const Ready& ready : plan.order) {
+    announce(ready.parameter);
+  }
+}
+
+}  // namespace reprise

@@ -1,0 +1,349 @@
+#include "autograd/tape.h"
+
+#include <algorithm>
+
+#include "autograd/tape_state.h"
+#include "core/allocator.h"
+
+namespace reprise {
+namespace {
+
+// An op running for the first time. An input's buffer is given to an output when the handle that
+// the caller moved in is the last use of it.
+class RecordingForward final : public Forward {
+ public:
+  RecordingForward(std::span<const Tensor> inputs, std::span<Variable> handles, std::size_t outputs,
+                   Mask gradients, Mask saved_inputs)
+      : handles_(handles), outputs_(outputs), saved_inputs_(saved_inputs) {
+    inputs_ = inputs;
+    gradients_ = gradients;
+    for (const Tensor& input : inputs) {
+      if (input.defined()) {
+        device_ = input.device();
+        break;
+      }
+    }
+  }
+
+  Tensor output(std::size_t k, const Shape& shape, DType dtype, int reuse) override {
+    if (reuse >= 0 && reusable(static_cast<std::size_t>(reuse), shape, dtype)) {
+      Value* value = handles_[static_cast<std::size_t>(reuse)].value();
+      outputs_[k] = value->tensor.as_view(shape, contiguous_strides(shape), value->tensor.offset());
+      value->tensor.drop_storage();
+    } else {
+      outputs_[k] = Tensor::empty(shape, dtype, device_);
+    }
+    return outputs_[k];
+  }
+  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
+  std::vector<Tensor>& outputs() { return outputs_; }
+
+ private:
+  bool reusable(std::size_t i, const Shape& shape, DType dtype) const {
+    const Value* v = handles_[i].value();
+    return v != nullptr && !v->is_view() && v->producer >= 0 && v->handles == 1 && v->need == 0 &&
+           (saved_inputs_ >> i & 1u) == 0 && v->tensor.dtype() == dtype &&
+           v->tensor.numel() == shape.numel() && v->tensor.is_contiguous() &&
+           v->tensor.storage_references() == 2 &&  // the value's and the copy in inputs_
+           v->tensor.storage_bytes() == v->tensor.bytes();
+  }
+
+  std::span<Variable> handles_;
+  std::vector<Tensor> outputs_;
+  Mask saved_inputs_;
+};
+
+void label_allocations(std::string_view segment) {
+  allocator(cpu).set_segment(std::string(segment));
+  allocator(meta).set_segment(std::string(segment));
+}
+
+}  // namespace
+
+Tape::Tape() : state_(std::make_unique<TapeState>()) {}
+Tape::~Tape() = default;
+void Tape::reset() {
+  state_->reset();
+}
+const TapeReport& Tape::report() const {
+  return state_->report;
+}
+const Policies& Tape::policies() const {
+  return state_->policies;
+}
+
+OpenSegment::OpenSegment(std::string_view name) : tape_(Tape::current()) {
+  if (tape_ != nullptr) {
+    tape_->state().open(name, tape_->policies().find(name));
+  }
+}
+
+OpenSegment::~OpenSegment() noexcept(false) {
+  if (tape_ != nullptr && tape_->state().segment_open()) {
+    tape_->state().close();
+  }
+}
+
+Value* TapeState::add_value(Tensor tensor, Value* root) {
+  auto value = std::make_unique<Value>();
+  if (root != nullptr) {
+    tensor.drop_storage();
+    value->root = root;
+    retain(root);
+  }
+  value->tensor = std::move(tensor);
+  value->tape = this;
+  value->segment = open_;
+  retain(value.get());
+  values_.push_back(value.get());
+  return value.release();
+}
+
+Value* TapeState::leaf(const Parameter& parameter) {
+  Value*& leaf = leaves_[&parameter];
+  if (leaf == nullptr || leaf->version != parameter.version() ||
+      leaf->needs_gradient != parameter.trainable()) {
+    Tensor layout = parameter.value();
+    layout.drop_storage();
+    leaf = add_value(std::move(layout), nullptr);
+    leaf->segment = -1;
+    leaf->parameter = const_cast<Parameter*>(&parameter);
+    leaf->version = parameter.version();
+    leaf->needs_gradient = parameter.trainable();
+  }
+  return leaf;
+}
+
+void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    Value* value = inputs[i].value();
+    if (value == nullptr) {
+      continue;
+    }
+    if (value->stale) {
+      fail(op.name(), "input {} is of a tape that was reset (after backward): detach it", i);
+    }
+    if (value->tape != nullptr && value->tape != this) {
+      fail(op.name(), "input {} is on another tape than the current one: detach it", i);
+    }
+  }
+}
+
+// Constants of the user's belong to the first tape that records a read of them.
+void TapeState::bind(std::span<Variable> inputs) {
+  auto bind = [this](Value* value) {
+    if (value->tape == nullptr) {
+      value->tape = this;
+      retain(value);
+      values_.push_back(value);
+    }
+  };
+  for (const Variable& input : inputs) {
+    if (input.defined()) {
+      bind(input.value());
+      bind(input.value()->root);
+    }
+  }
+}
+
+Variable TapeState::unrecorded_view(const Op& op, Value* source) {
+  Tensor view = static_cast<const ViewOp&>(op).view(source->read());
+  if (source->tape == nullptr) {
+    return Variable(std::move(view));
+  }
+  return Variable(add_value(std::move(view), source->root));
+}
+
+// Every enclosing segment that the input comes into from outside notes the read: an inner segment
+// may let go at its close what only an outer one's replay needs.
+void TapeState::hold_inputs(std::span<Variable> inputs, bool add) {
+  for (const Variable& input : inputs) {
+    Value* value = input.value();
+    if (value == nullptr || value->root->is_parameter()) {
+      continue;
+    }
+    for (std::int32_t s = open_; s >= 0 && outside(value, segments_[static_cast<std::size_t>(s)]);
+         s = segments_[static_cast<std::size_t>(s)].parent) {
+      auto& ext = segments_[static_cast<std::size_t>(s)].ext;
+      if (add) {
+        ext.push_back(value->root);
+        retain(value->root);
+        add_need(value);
+      } else {
+        release(ext.back());
+        ext.pop_back();
+        drop_need(value);
+      }
+    }
+  }
+}
+
+std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<Variable> inputs,
+                                        bool gradients_on) {
+  if (sweeping) {
+    fail(op->name(), "an op cannot run during a sweep (from a callback of backward)");
+  }
+  ensure(inputs.size() <= kMaxArity && op->outputs() <= kMaxArity, "{} has more than {} values",
+         op->name(), kMaxArity);
+  check_inputs(*op, inputs);
+  std::vector<Tensor> tensors(inputs.size());
+  Mask gradients = 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i].defined()) {
+      tensors[i] = inputs[i].value()->read();
+      gradients |= Mask{inputs[i].needs_gradient()} << i;
+    }
+  }
+  gradients &= gradients_on ? op->differentiable() : 0;
+  const bool recorded = gradients != 0 || open_ >= 0;
+  if (!recorded && op->is_view()) {
+    return {unrecorded_view(*op, inputs[0].value())};
+  }
+  if (recorded) {
+    bind(inputs);
+  }
+  const Saved saved = gradients != 0 ? op->saved(gradients) : Saved{};
+  hold_inputs(inputs, true);
+  RecordingForward run(tensors, inputs, op->outputs(), gradients, saved.inputs);
+  try {
+    op->forward(run);
+  } catch (...) {
+    hold_inputs(inputs, false);
+    throw;
+  }
+  const Cost cost = op->cost(Call(tensors, run.outputs()));
+  report.forward_flops += cost.flops;
+  std::vector<Variable> results;
+  if (!recorded) {
+    for (Tensor& output : run.outputs()) {
+      results.emplace_back(std::move(output));
+    }
+    return results;
+  }
+
+  Record record;
+  record.gradients = gradients;
+  record.saved = saved;
+  record.segment = open_;
+  record.input_count = static_cast<std::uint16_t>(inputs.size());
+  record.output_count = static_cast<std::uint16_t>(op->outputs());
+  record.first_input = static_cast<std::uint32_t>(edges_.size());
+  for (const Variable& input : inputs) {
+    edges_.push_back(input.value());
+  }
+  record.first_output = static_cast<std::uint32_t>(edges_.size());
+  for (Tensor& output : run.outputs()) {
+    Value* value = add_value(std::move(output), op->is_view() ? inputs[0].value()->root : nullptr);
+    value->producer = static_cast<std::int32_t>(records_.size());
+    value->needs_gradient = gradients != 0 && is_floating(value->tensor.dtype());
+    edges_.push_back(value);
+    results.emplace_back(value);
+  }
+  record.op = std::move(op);
+  records_.push_back(std::move(record));
+  ++report.records;
+  if (open_ < 0) {
+    each_saved(records_.back(), [](Value* v) { add_need(v); });
+  } else {
+    segments_[static_cast<std::size_t>(open_)].any_gradient |= gradients != 0;
+    keep_by_policy(records_.back());
+  }
+  return results;
+}
+
+Call TapeState::call(const Record& r, std::vector<Tensor>& layouts) const {
+  layouts.clear();
+  for (Value* v : inputs(r)) {
+    layouts.push_back(v != nullptr ? v->tensor : Tensor());
+  }
+  for (Value* v : outputs(r)) {
+    layouts.push_back(v->tensor);
+  }
+  return Call({layouts.data(), r.input_count}, {layouts.data() + r.input_count, r.output_count});
+}
+
+std::vector<std::int32_t> TapeState::path(std::int32_t segment) const {
+  std::vector<std::int32_t> path;
+  for (; segment >= 0; segment = segments_[static_cast<std::size_t>(segment)].parent) {
+    path.push_back(segment);
+  }
+  std::reverse(path.begin(), path.end());
+  return path;
+}
+
+void TapeState::on_drop(const Value& root) {
+  if (!sweeping && root.producer >= 0 && root.segment >= 0) {
+    report.dropped_bytes += root.tensor.bytes();
+  }
+}
+
+void TapeState::reset() {
+  for (Value* value : values_) {
+    value->tape = nullptr;
+    value->gradient = Tensor();
+    value->need = value->pend = 0;
+    // A constant of the user's may go onto another tape; all else has lost its history.
+    value->stale = value->producer >= 0 || value->is_parameter() || value->is_view();
+    if (value->is_parameter()) {
+      if (value->handles > 0) {
+        value->tensor = value->parameter->value();
+      }
+      value->parameter = nullptr;
+    }
+    if (value->handles == 0 && !value->is_view()) {
+      value->tensor.drop_storage();
+    }
+  }
+  for (Segment& segment : segments_) {
+    for (Value* value : segment.ext) {
+      release(value);
+    }
+  }
+  for (Value* value : values_) {
+    release(value);
+  }
+  records_.clear();
+  edges_.clear();
+  values_.clear();
+  segments_.clear();
+  leaves_.clear();
+  open_ = -1;
+  epoch_ = 0;
+}
+
+void TapeState::open(std::string_view name, const Policy& policy) {
+  if (sweeping) {
+    fail("checkpoint", "segment {} cannot be opened during a sweep", name);
+  }
+  Segment segment;
+  segment.name = name;
+  segment.policy = policy;
+  segment.first = segment.last = static_cast<std::int32_t>(records_.size());
+  segment.parent = open_;
+  const auto id = static_cast<std::int32_t>(segments_.size());
+  if (open_ >= 0) {
+    segments_[static_cast<std::size_t>(open_)].children.push_back(id);
+  }
+  segments_.push_back(std::move(segment));
+  open_ = id;
+  ++report.segments;
+  label_allocations(name);
+}
+
+void TapeState::close() {
+  const std::int32_t id = open_;
+  Segment& segment = segments_[static_cast<std::size_t>(id)];
+  segment.last = static_cast<std::int32_t>(records_.size());
+  open_ = segment.parent;
+  label_allocations(open_ < 0 ? "" : segments_[static_cast<std::size_t>(open_)].name);
+  if (open_ < 0 && !segment.any_gradient) {
+    truncate(id);
+    return;
+  }
+  if (open_ >= 0) {
+    segments_[static_cast<std::size_t>(open_)].any_gradient |= segment.any_gradient;
+  }
+  fold(id);
+}
+
+}  // namespace reprise
