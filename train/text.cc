@@ -100,8 +100,8 @@ ByteData::ByteData(std::string_view text, std::int64_t batch, std::int64_t token
   validation_ = text.substr(cut);
 }
 
-Batch ByteData::windows(std::string_view text, const std::vector<std::int64_t>& starts,
-                        Device device) const {
+nn::Batch ByteData::windows(std::string_view text, const std::vector<std::int64_t>& starts,
+                            Device device) const {
   std::vector<std::int64_t> ids;
   ids.reserve(static_cast<std::size_t>(batch_ * tokens_));
   for (std::int64_t start : starts) {
@@ -110,10 +110,12 @@ Batch ByteData::windows(std::string_view text, const std::vector<std::int64_t>& 
     }
   }
   const Tensor tensor = Tensor::from(ids, {batch_, tokens_}, device);
-  return {tensor, tensor};
+  nn::Batch batch;
+  batch.ids = batch.labels = tensor;
+  return batch;
 }
 
-Batch ByteData::draw(Generator& generator, Device device) const {
+nn::Batch ByteData::draw(Generator& generator, Device device) const {
   std::vector<std::int64_t> starts;
   const auto places =
       static_cast<std::uint64_t>(train_.size()) - static_cast<std::uint64_t>(tokens_) + 1;
@@ -130,7 +132,7 @@ std::int64_t ByteData::validation_batches() const {
                                 static_cast<std::int64_t>(validation_.size()) / (batch_ * tokens_));
 }
 
-Batch ByteData::validation(std::int64_t i, Device device) const {
+nn::Batch ByteData::validation(std::int64_t i, Device device) const {
   const auto places = static_cast<std::int64_t>(validation_.size()) - tokens_ + 1;
   std::vector<std::int64_t> starts;
   for (std::int64_t b = 0; b < batch_; ++b) {

@@ -12,6 +12,7 @@
 
 #include "core/philox.h"
 #include "core/tensor.h"
+#include "nn/models/model.h"
 
 namespace reprise::train {
 
@@ -25,28 +26,24 @@ absl::StatusOr<std::string> read_text(const std::filesystem::path& path);
 absl::StatusOr<std::string> read_fortunes(
     const std::filesystem::path& directory = "/usr/share/games/fortunes");
 
-// One batch: ids and labels are i64 [B, T]; label t is id t, for a loss that shifts by itself.
-struct Batch {
-  Tensor ids, labels;
-};
-
-// Draws windows of T bytes at random places; the last tenth of the text is for validation.
+// Batches of B windows of T bytes, drawn at random places; labels are the ids (the model's loss
+// shifts). The last tenth of the text is for validation.
 class ByteData {
  public:
   // Throws Error when the text is shorter than 20 T.
   ByteData(std::string_view text, std::int64_t batch, std::int64_t tokens);
   // Training windows, drawn from (generator); on meta the ids are real all the same.
-  Batch draw(Generator& generator, Device device = cpu) const;
+  nn::Batch draw(Generator& generator, Device device = cpu) const;
   // Window group i of the validation part, always the same ones.
-  Batch validation(std::int64_t i, Device device = cpu) const;
+  nn::Batch validation(std::int64_t i, Device device = cpu) const;
   std::int64_t validation_batches() const;
   std::int64_t train_bytes() const { return static_cast<std::int64_t>(train_.size()); }
   std::int64_t batch() const { return batch_; }
   std::int64_t tokens() const { return tokens_; }
 
  private:
-  Batch windows(std::string_view text, const std::vector<std::int64_t>& starts,
-                Device device) const;
+  nn::Batch windows(std::string_view text, const std::vector<std::int64_t>& starts,
+                    Device device) const;
 
   std::string train_, validation_;
   std::int64_t batch_, tokens_;
