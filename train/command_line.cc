@@ -23,7 +23,7 @@ int report(const absl::Status& status) {
   if (status.ok()) {
     return 0;
   }
-  fmt::print(stderr, "reprise: {}\n", status.message());
+  fmt::print(stderr, "reprise: {}\n", std::string(status.message()));
   const bool input = status.code() == absl::StatusCode::kInvalidArgument ||
                      status.code() == absl::StatusCode::kNotFound ||
                      status.code() == absl::StatusCode::kFailedPrecondition;
