@@ -7,10 +7,14 @@
 #include <limits>
 
 #include "core/parallel.h"
-#include "hwy/contrib/math/math-inl.h"
-#include "hwy/foreach_target.h"
 #include "kernels/pieces.h"
+
+// What follows foreach_target.h is compiled once for each target: not to be sorted.
+// clang-format off
+#include "hwy/foreach_target.h"
+#include "hwy/contrib/math/math-inl.h"
 #include "kernels/vector_io-inl.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
