@@ -32,6 +32,8 @@ class Linear : public Module {
   Lora* lora() const { return lora_.get(); }
   // Throws Error when there is one already, or its sizes are not those of this layer.
   void set_lora(std::unique_ptr<Lora> lora);
+  // Without it from now on; null when there is none.
+  std::unique_ptr<Lora> take_lora();
 
   Parameter weight, bias;
 

@@ -15,6 +15,10 @@ void Module::add(std::string name, Parameter& parameter) {
   parameters_.emplace_back(std::move(name), &parameter);
 }
 
+void Module::remove(const Module& child) {
+  std::erase_if(children_, [&](const auto& entry) { return entry.second == &child; });
+}
+
 void Module::collect(const std::string& prefix, bool adapter, std::vector<NamedParameter>& into) {
   adapter = adapter || is_adapter();
   for (const auto& [name, parameter] : parameters_) {

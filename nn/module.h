@@ -87,6 +87,7 @@ class Module {
   // among named_modules().
   void add(std::string name, Module& child);
   void add(std::string name, Parameter& parameter);
+  void remove(const Module& child);
   // Null in evaluation.
   Generator* generator() const { return generator_; }
 

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -59,8 +60,10 @@ class Model : public Module {
   // The output head; null when it is the embedding table.
   virtual Linear* head() = 0;
   virtual Parameter& embedding_table() = 0;       // [V, C]
-  // What config.json says, for a folder that loads back.
-  virtual std::string config_json() const = 0;
+  // The config.json that the model was built from, or one that says the same, for a folder that
+  // loads back.
+  std::string config_json() const { return source_.empty() ? write_config() : source_; }
+  void set_source(std::string config) { source_ = std::move(config); }
   // Before the paths of all but the head: files of the bare trunk lack it.
   virtual std::string_view trunk_prefix() const = 0;
   // Tensors of old files that are no parameters.
@@ -71,6 +74,10 @@ class Model : public Module {
   void check(const Batch& batch) const;
   // Positions [B, T]: those given, or counted from the start of each text.
   static Tensor positions_of(const Batch& batch);
+  virtual std::string write_config() const = 0;
+
+ private:
+  std::string source_;
 };
 
 // A model by the model_type (or architectures) of a config.json, uninitialised. Errors name the file,

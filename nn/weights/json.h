@@ -30,6 +30,8 @@ class JsonReader {
   // Shared by an object and its children.
   const absl::Status& status() const { return document_->status; }
   const std::string& path() const { return document_->path; }
+  // The document, keys in byte order.
+  std::string text() const { return document_->root.dump(2) + "\n"; }
 
   // True when the key is there and not null.
   bool has(std::string_view key) const;
