@@ -193,10 +193,10 @@ class Sweep {
       for (auto r = static_cast<std::int32_t>(tape_.records().size()) - 1; r >= 0; --r) {
         step(r, parameters);
       }
-      parameters.finish();
       std::vector<Tensor> result = collect();
-      tape_.sweeping = false;
       check_drained();
+      parameters.finish();
+      tape_.sweeping = false;
       if (!options_.keep) {
         tape_.reset();
       }

@@ -100,9 +100,11 @@ void SweepPlan::find_live(std::span<const Variable> losses) {
       inputs[i]->reached = reached;
       if (Parameter* p = inputs[i]->parameter) {
         Reader& reader = readers[p];
+        if (reader.expected == 0 || reader.ready_at != r) {
+          reader.slot = i;  // the highest: contributions come in the order of the inputs
+        }
         ++reader.expected;
         reader.ready_at = r;
-        reader.slot = i;
       }
     }
   }

@@ -207,6 +207,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   if (sweeping) {
     fail(op->name(), "an op cannot run during a sweep (from a callback of backward)");
   }
+  begin_report();
   ensure(inputs.size() <= kMaxArity && op->outputs() <= kMaxArity, "{} has more than {} values",
          op->name(), kMaxArity);
   check_inputs(*op, inputs);
@@ -350,12 +351,14 @@ void TapeState::reset() {
   leaves_.clear();
   open_ = -1;
   epoch_ = 0;
+  report_ended_ = true;
 }
 
 void TapeState::open(std::string_view name, const Policy& policy) {
   if (sweeping) {
     fail("checkpoint", "segment {} cannot be opened during a sweep", name);
   }
+  begin_report();
   Segment segment;
   segment.name = name;
   segment.policy = policy;

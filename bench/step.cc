@@ -25,7 +25,7 @@ struct Options {
   std::string model = "gpt2", policy = "keep-all", dtype = "f32";
   std::int64_t batch = 4, tokens = 512, layers = 0;
   int threads = 2, warmup = 2, steps = 5;
-  bool masters = false;
+  bool masters = false, dry_run = false;
 };
 
 std::string config_of(const Options& options) {
@@ -78,7 +78,8 @@ nn::Batch random_batch(const nn::Model& model, const Options& options) {
     id = philox(generator.seed, generator.reserve(4))[0] % model.vocabulary();
   }
   nn::Batch batch;
-  batch.ids = batch.labels = Tensor::from(ids, {options.batch, options.tokens});
+  const Device device = options.dry_run ? meta : cpu;
+  batch.ids = batch.labels = Tensor::from(ids, {options.batch, options.tokens}, device);
   return batch;
 }
 
@@ -92,7 +93,9 @@ nlohmann::json by_kind(const BytesByKind& bytes) {
 
 nlohmann::json run(const Options& options) {
   set_threads(options.threads);
-  const auto model = build(options, cpu);
+  const Device device = options.dry_run ? meta : cpu;
+  const std::int64_t resident_before = train::resident_bytes();
+  const auto model = build(options, device);
   Generator generator{1, 0};
   model->initialize(generator);
   train::TrainerOptions trainer_options;
@@ -105,7 +108,7 @@ nlohmann::json run(const Options& options) {
   std::vector<double> times, losses;
   for (int i = 0; i < options.warmup + options.steps; ++i) {
     if (i == options.warmup) {
-      allocator(cpu).reset_peak();
+      allocator(device).reset_peak();
     }
     const auto start = std::chrono::steady_clock::now();
     losses.push_back(trainer.step(batch, 1e-4));
@@ -117,7 +120,7 @@ nlohmann::json run(const Options& options) {
   times.erase(times.begin(), times.begin() + options.warmup);
   std::vector<double> sorted = times;
   std::ranges::sort(sorted);
-  const MemoryReport memory = allocator(cpu).report();
+  const MemoryReport memory = allocator(device).report();
   const TapeReport& tape = trainer.tape_report();
   const double median_s = sorted[sorted.size() / 2] / 1e3;
   return {{"peer", "reprise"},
@@ -134,6 +137,7 @@ nlohmann::json run(const Options& options) {
           {"peak_bytes", memory.peak_bytes},
           {"peak_by_kind", by_kind(memory.at_peak)},
           {"peak_resident_mib", static_cast<double>(train::peak_resident_bytes()) / (1 << 20)},
+          {"resident_before_mib", static_cast<double>(resident_before) / (1 << 20)},
           {"replayed_records", tape.replayed_records},
           {"losses", losses}};
 }
@@ -148,6 +152,7 @@ int main(int argc, char** argv) {
   app.add_option("--policy", options.policy)->check(CLI::IsMember(reprise::Policies::names()));
   app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"f32", "bf16"}));
   app.add_flag("--masters", options.masters, "float32 master weights");
+  app.add_flag("--dry-run", options.dry_run, "On meta: peak bytes predicted, no time or loss");
   app.add_option("--batch", options.batch);
   app.add_option("--tokens", options.tokens);
   app.add_option("--layers", options.layers, "Instead of the model's own number");

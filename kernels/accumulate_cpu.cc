@@ -62,11 +62,6 @@ namespace {
 HWY_EXPORT(sum_run);
 HWY_EXPORT(convert_run);
 
-char* element(const Matrix& m, std::int64_t row, std::int64_t column) {
-  return static_cast<char*>(m.at) +
-         (row * m.row_stride + column) * static_cast<std::int64_t>(size_bytes(m.dtype));
-}
-
 // f64 is for oracles: plain loops.
 double load_double(float x) {
   return x;
@@ -131,12 +126,12 @@ void double_run(DType x_dtype, const void* x, DType r_dtype, const void* r, DTyp
 
 }  // namespace
 
-void add(const Matrix& x, const Matrix& r, const Matrix& y, std::int64_t rows, std::int64_t width) {
+void add(const Matrix& x, const Matrix& r, const Matrix& y, MatrixSize size) {
   const bool doubles = x.dtype == DType::f64 || r.dtype == DType::f64;
-  for_pieces(rows, width, [&](std::int64_t row, std::int64_t begin, std::int64_t end) {
-    const void* from = element(x, row, begin);
-    const void* other = element(r, row, begin);
-    void* to = element(y, row, begin);
+  for_pieces(size.rows, size.width, [&](std::int64_t row, std::int64_t begin, std::int64_t end) {
+    const void* from = x.element(row, begin);
+    const void* other = r.element(row, begin);
+    void* to = y.element(row, begin);
     if (doubles) {
       double_run(x.dtype, from, r.dtype, other, y.dtype, to, end - begin);
     } else {
@@ -145,15 +140,15 @@ void add(const Matrix& x, const Matrix& r, const Matrix& y, std::int64_t rows, s
   });
 }
 
-void accumulate(const Matrix& into, const Matrix& x, std::int64_t rows, std::int64_t width) {
-  add(into, x, into, rows, width);
+void accumulate(const Matrix& into, const Matrix& x, MatrixSize size) {
+  add(into, x, into, size);
 }
 
-void cast(const Matrix& x, const Matrix& y, std::int64_t rows, std::int64_t width) {
+void cast(const Matrix& x, const Matrix& y, MatrixSize size) {
   const bool doubles = x.dtype == DType::f64 || y.dtype == DType::f64;
-  for_pieces(rows, width, [&](std::int64_t row, std::int64_t begin, std::int64_t end) {
-    const void* from = element(x, row, begin);
-    void* to = element(y, row, begin);
+  for_pieces(size.rows, size.width, [&](std::int64_t row, std::int64_t begin, std::int64_t end) {
+    const void* from = x.element(row, begin);
+    void* to = y.element(row, begin);
     if (x.dtype == y.dtype) {
       std::memmove(to, from, static_cast<std::size_t>(end - begin) * size_bytes(x.dtype));
     } else if (doubles) {

@@ -40,19 +40,22 @@ HWY_API void store(FloatVector value, float* to) {
   hn::StoreU(value, FloatTag(), to);
 }
 
-// To nearest, ties to even; a NaN stays one: the same as to_bfloat16.
-HWY_API void store(FloatVector value, bfloat16* to) {
+// The bits of the nearest bfloat16, ties to even; a NaN stays one: the same as to_bfloat16.
+HWY_API hn::Vec<hn::RebindToUnsigned<FloatTag>> upper_half(FloatVector value) {
   const hn::RebindToUnsigned<FloatTag> tag;
-  const hn::Rebind<std::uint16_t, FloatTag> half;
   const auto bits = hn::BitCast(tag, value);
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(tag, 1u));
   const auto rounded = hn::Add(hn::Add(bits, hn::Set(tag, 0x7fffu)), odd);
   const auto quiet = hn::Or(bits, hn::Set(tag, 0x00400000u));
   const auto is_nan =
       hn::MaskFromVec(hn::BitCast(tag, hn::VecFromMask(FloatTag(), hn::IsNaN(value))));
-  const auto upper = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+  return hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+}
+
+HWY_API void store(FloatVector value, bfloat16* to) {
+  const hn::Rebind<std::uint16_t, FloatTag> half;
   const hn::RebindToSigned<FloatTag> integer;
-  hn::StoreU(hn::DemoteTo(half, hn::BitCast(integer, upper)), half,
+  hn::StoreU(hn::DemoteTo(half, hn::BitCast(integer, upper_half(value))), half,
              reinterpret_cast<std::uint16_t*>(to));
 }
 
@@ -81,9 +84,7 @@ HWY_INLINE FloatVector rounded_to(FloatVector value) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return value;
   } else {
-    HWY_ALIGN T buffer[HWY_MAX_BYTES / sizeof(float)];
-    store(value, buffer);
-    return load(buffer);
+    return hn::BitCast(FloatTag(), hn::ShiftLeft<16>(upper_half(value)));
   }
 }
 

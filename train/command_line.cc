@@ -12,6 +12,7 @@
 #include "autograd/policy.h"
 #include "core/error.h"
 #include "train/demo.h"
+#include "train/parity.h"
 #include "train/suggest.h"
 
 namespace reprise::train {
@@ -28,6 +29,15 @@ int report(const absl::Status& status) {
                      status.code() == absl::StatusCode::kNotFound ||
                      status.code() == absl::StatusCode::kFailedPrecondition;
   return input ? kBadInput : 1;
+}
+
+int show(const absl::StatusOr<ParityReport>& parity, bool as_json) {
+  if (!parity.ok()) {
+    fmt::print(stderr, "reprise: {}\n", std::string(parity.status().message()));
+  } else {
+    fmt::print("{}", as_json ? to_json(*parity) : to_text(*parity));
+  }
+  return exit_code(parity);
 }
 
 std::vector<std::string> command_names(const CLI::App& app) {
@@ -97,6 +107,21 @@ int run_command_line(int argc, char** argv) {
   demo_command->add_option("--seed", demo.seed, "Of weights and data");
   demo_command->add_flag("--quiet", demo.quiet, "No progress line");
 
+  std::string case_folder, dtype = "f32";
+  ParityOptions parity;
+  bool as_json = false;
+  CLI::App* parity_command =
+      app.add_subcommand("parity", "Compare a model with what the reference computed.");
+  parity_command->add_option("DIR", case_folder, "The case")->required();
+  parity_command->add_option("--dtype", dtype, "f32 or bf16")
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  parity_command->add_option("--policy", parity.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  parity_command->add_flag("--every-policy", parity.every_policy,
+                           "Run under each policy and ask for bitwise equal gradients");
+  parity_command->add_flag("--json", as_json, "Print JSON");
+  parity_command->add_option("--write", parity.write, "Write what was computed to this file");
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp& help) {
@@ -105,6 +130,10 @@ int run_command_line(int argc, char** argv) {
     return complain(app, argc, argv, error.what());
   }
   try {
+    if (parity_command->parsed()) {
+      parity.dtype = dtype == "bf16" ? DType::bf16 : DType::f32;
+      return show(run_parity(case_folder, parity), as_json);
+    }
     return report(run_demo(demo));
   } catch (const Error& error) {
     fmt::print(stderr, "reprise: {}\n", error.what());

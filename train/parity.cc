@@ -15,7 +15,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "nn/lora.h"
-#include "nn/optimizer.h"
+#include "nn/optimizer/adamw.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
@@ -112,7 +112,8 @@ absl::Status read_optimizer(Case& result) {
     return json.status();
   }
   const nlohmann::json& betas = json->value("betas");
-  const bool pair = betas.is_array() && betas.size() == 2 && betas[0].is_number() && betas[1].is_number();
+  const bool pair =
+      betas.is_array() && betas.size() == 2 && betas[0].is_number() && betas[1].is_number();
   if (!pair) {
     json->refuse("betas", "must be two numbers, got " + betas.dump());
     return json->status();
@@ -121,7 +122,8 @@ absl::Status read_optimizer(Case& result) {
                                json->number("eps"), json->number("weight_decay")};
   const std::string steps = result.metadata("steps");
   if (!steps.empty()) {
-    const bool digits = steps.size() < 7 && steps.find_first_not_of("0123456789") == std::string::npos;
+    const bool digits =
+        steps.size() < 7 && steps.find_first_not_of("0123456789") == std::string::npos;
     if (!digits) {
       return absl::InvalidArgumentError(
           fmt::format("{}: metadata \"steps\" must be a number, got \"{}\"", result.path(), steps));
@@ -205,13 +207,14 @@ void add_gradients(const Subject& subject, Values& values) {
 }
 
 std::vector<float> step_losses(Subject& subject, const Case& parity, const std::string& policy) {
-  std::vector<Parameter*> parameters = subject.model->trainable_parameters();
   const Optimizer& o = *parity.optimizer;
-  nn::AdamW optimizer(parameters, {.rate = o.rate, .beta1 = o.beta1, .beta2 = o.beta2, .epsilon = o.epsilon, .decay = o.decay});
+  nn::AdamW optimizer(
+      subject.model->trainable_parameters(),
+      {.beta1 = o.beta1, .beta2 = o.beta2, .epsilon = o.epsilon, .weight_decay = o.decay});
   std::vector<float> losses;
   for (std::int64_t step = 0; step < parity.steps; ++step) {
     losses.push_back(forward_backward(subject, parity.batch, policy).item<float>());
-    optimizer.step();
+    optimizer.step(o.rate);
   }
   return losses;
 }
@@ -292,8 +295,8 @@ absl::StatusOr<ParityRow> compare(const Case& parity, const std::string& key, co
     return theirs.status();
   }
   if (theirs->dtype() != DType::f32) {
-    return absl::InvalidArgumentError(fmt::format("{}: {} must be f32, got {}", parity.path(), key,
-                                                  name(theirs->dtype())));
+    return absl::InvalidArgumentError(
+        fmt::format("{}: {} must be f32, got {}", parity.path(), key, name(theirs->dtype())));
   }
   const auto found = values.find(key);
   if (found == values.end()) {
@@ -302,8 +305,8 @@ absl::StatusOr<ParityRow> compare(const Case& parity, const std::string& key, co
   }
   const Tensor& ours = found->second;
   if (ours.shape() != theirs->shape()) {
-    return absl::InvalidArgumentError(fmt::format("{}: {} must have shape {}, got {}", parity.path(),
-                                                  key, to_string(ours.shape()),
+    return absl::InvalidArgumentError(fmt::format("{}: {} must have shape {}, got {}",
+                                                  parity.path(), key, to_string(ours.shape()),
                                                   to_string(theirs->shape())));
   }
   std::vector<double> a = doubles(ours), b = doubles(*theirs);
@@ -338,10 +341,10 @@ std::string digest_of(const Values& values) {
 std::string first_difference(const Values& a, const Values& b) {
   for (const auto& [key, tensor] : a) {
     const auto found = b.find(key);
-    const bool same = found != b.end() && found->second.bytes() == tensor.bytes() &&
-                      (tensor.numel() == 0 ||
-                       std::memcmp(tensor.raw(), found->second.raw(),
-                                   static_cast<std::size_t>(tensor.bytes())) == 0);
+    const bool same =
+        found != b.end() && found->second.bytes() == tensor.bytes() &&
+        (tensor.numel() == 0 || std::memcmp(tensor.raw(), found->second.raw(),
+                                            static_cast<std::size_t>(tensor.bytes())) == 0);
     if (!same) {
       return key;
     }
@@ -355,8 +358,8 @@ std::string first_difference(const Values& a, const Values& b) {
 }
 
 // Loss and gradients under each policy, the first of which are also the values to compare.
-void run_policies(Subject& subject, const Case& parity, const ParityOptions& options, Values& values,
-                  ParityReport& report) {
+void run_policies(Subject& subject, const Case& parity, const ParityOptions& options,
+                  Values& values, ParityReport& report) {
   std::vector<std::string> policies{options.policy};
   if (options.every_policy) {
     policies = Policies::names();
@@ -406,7 +409,8 @@ absl::Status write_values(const std::string& path, const Case& parity, const Val
   std::vector<nn::NamedTensor> tensors;
   for (const auto& [key, tensor] : values) {
     const std::vector<double> wide = doubles(tensor);
-    tensors.push_back({key, Tensor::from(std::vector<float>(wide.begin(), wide.end()), tensor.shape())});
+    tensors.push_back(
+        {key, Tensor::from(std::vector<float>(wide.begin(), wide.end()), tensor.shape())});
   }
   nn::Metadata metadata = parity.file->metadata();
   metadata["format"] = "pt";

@@ -5,13 +5,14 @@
 //   config.json, model.safetensors (or shards)
 //   adapter/             in LoRA cases: adapter_config.json, adapter_model.safetensors
 //   parity.safetensors   in.input_ids, in.labels, in.attention_mask, in.position_ids: i64 [B, T];
-//                        out.logits [B, T, V], out.loss, grad.NAME, steps.loss [N]: f32. NAME is the
-//                        parameter's key in its file.
-//                        Metadata: "optimizer" {"lr", "betas", "eps", "weight_decay"}, "steps"
+//                        out.logits [B, T, V], out.loss, grad.NAME, steps.loss [N]: f32. NAME is
+//                        the parameter's key in its file. Metadata: "optimizer" {"lr", "betas",
+//                        "eps", "weight_decay"}, "steps"
 //
-// The model is loaded by the ordinary loader, does the same work, and each tensor is compared: largest
-// absolute error and relative error |a - b| / |b| in the 2-norm (the absolute one decides where the
-// reference is zero). Logits at padding are not compared, nor are keys that the case lacks.
+// The model is loaded by the ordinary loader, does the same work, and each tensor is compared:
+// largest absolute error and relative error |a - b| / |b| in the 2-norm (the absolute one decides
+// where the reference is zero). Logits at padding are not compared, nor are keys that the case
+// lacks.
 //
 //   tolerance   outputs and losses   gradients
 //   f32         1e-5 (steps 1e-4)    1e-4
@@ -23,7 +24,6 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-
 #include "core/dtype.h"
 
 namespace reprise::train {
@@ -42,14 +42,14 @@ struct ParityRow {
   std::string key;
   double absolute = 0, relative = 0;  // infinite when it was not computed
   double tolerance = 0;
-  bool zero = false;                  // the reference is zero: the absolute error counts
+  bool zero = false;  // the reference is zero: the absolute error counts
   bool within = false;
 };
 
 struct ParityPolicy {
   std::string name;
-  std::string digest;  // of loss and gradients, 16 hexadecimal digits
-  bool equal = true;   // bitwise to the first one
+  std::string digest;            // of loss and gradients, 16 hexadecimal digits
+  bool equal = true;             // bitwise to the first one
   std::string first_difference;  // the key, when not equal
 };
 
@@ -62,7 +62,8 @@ struct ParityReport {
 };
 
 // Not ok when the case cannot be read: path, key, expected, actual.
-absl::StatusOr<ParityReport> run_parity(const std::string& folder, const ParityOptions& options = {});
+absl::StatusOr<ParityReport> run_parity(const std::string& folder,
+                                        const ParityOptions& options = {});
 
 // One line a tensor, worst first, and a closing line.
 std::string to_text(const ParityReport& report);

@@ -1,7 +1,7 @@
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "train/parity.h"
 
@@ -14,9 +14,9 @@ bool ParityReport::passed() const {
 }
 
 std::string to_text(const ParityReport& report) {
-  std::string text = fmt::format("{} against {}, in {}\n", report.name.empty() ? report.folder : report.name,
-                                 report.reference.empty() ? "its reference" : report.reference,
-                                 name(report.dtype));
+  std::string text = fmt::format(
+      "{} against {}, in {}\n", report.name.empty() ? report.folder : report.name,
+      report.reference.empty() ? "its reference" : report.reference, name(report.dtype));
   if (report.dtype != DType::f32 && !report.rows.empty()) {
     text += "the reference is in f32\n";
   }
@@ -24,14 +24,13 @@ std::string to_text(const ParityReport& report) {
     text += fmt::format("{:>9} {:>9} {:>9}\n", "relative", "absolute", "allowed");
   }
   for (const ParityRow& row : report.rows) {
-    text += fmt::format("{:9.2e} {:9.2e} {:9.0e}{} {}{}\n", row.relative, row.absolute, row.tolerance,
-                        row.within ? "     " : " MISS", row.key,
+    text += fmt::format("{:9.2e} {:9.2e} {:9.0e}{} {}{}\n", row.relative, row.absolute,
+                        row.tolerance, row.within ? "     " : " MISS", row.key,
                         row.zero ? " (reference is zero: absolute)" : "");
   }
   for (const ParityPolicy& policy : report.policies) {
     text += fmt::format("policy {:<14} digest {}{}\n", policy.name, policy.digest,
-                        policy.equal ? ""
-                                     : " DIFFERS, first at " + policy.first_difference);
+                        policy.equal ? "" : " DIFFERS, first at " + policy.first_difference);
   }
   const auto missed = std::count_if(report.rows.begin(), report.rows.end(),
                                     [](const ParityRow& row) { return !row.within; });

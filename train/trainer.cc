@@ -24,7 +24,7 @@ double Trainer::forward_backward(const nn::Batch& batch) {
   const std::uint64_t first_offset = generator_.next_offset;
   Tape::Scope scope(tape_, options_.policies);
   const Variable loss = model_.loss(batch);
-  const double value = loss.tensor().item<float>();
+  const double value = loss.tensor().is_meta() ? 0.0 : loss.tensor().item<float>();
   if (!std::isfinite(value)) {
     tape_.reset();
     explain_non_finite(batch, first_offset, value);

@@ -28,9 +28,9 @@ class Trainer {
   std::function<void(BackwardOptions&)> before_backward;
   std::function<void()> after_backward;
 
-  // Forward, backward, clip, update. Returns the loss before the update. Throws Error when the loss
-  // is not finite: it names the step and the first op with a non-finite output; nothing was
-  // updated.
+  // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
+  // where a step is a dry run with the same allocations. Throws Error when the loss is not finite:
+  // it names the step and the first op with a non-finite output; nothing was updated.
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
