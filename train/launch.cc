@@ -231,9 +231,16 @@ absl::StatusOr<World> find_world(const Environment& environment) {
         return status;
       }
     }
-    if (size == 0 || (size == 1 && std::string_view(source.launcher) == "Slurm")) {
-      world.rank = size = 0;
+    if (std::string_view(source.launcher) == "Slurm" && size <= 1) {
+      world.rank = size = 0;  // a batch script
       continue;
+    }
+    if (size == 0) {
+      // Going on as a world of one would start as many single worlds as there are ranks.
+      return absl::InvalidArgumentError(
+          fmt::format("{} is set without {}: the number of ranks is not known; start the program "
+                      "with mpirun or srun, or with --ranks",
+                      source.rank, source.size));
     }
     world.launcher = source.launcher;
     break;
