@@ -134,6 +134,7 @@ void TapeState::bind(std::span<Variable> inputs) {
   auto bind = [this](Value* value) {
     if (value->tape == nullptr) {
       value->tape = this;
+      value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
       retain(value);
       values_.push_back(value);
     }
