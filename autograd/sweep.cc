@@ -185,8 +185,8 @@ class Sweep {
     tape_.sweeping = true;
     try {
       take_over_forward_needs();
-      seed(parameters);
       parameters.start();
+      seed(parameters);
       for (Parameter* p : plan_.never_read) {
         options_.on_last_read(*p);
       }
