@@ -40,6 +40,10 @@ class SweepBackward final : public Backward {
     results_.resize(inputs.size());
   }
 
+  Cost cost() const {
+    return record_.op->backward_cost(Call(inputs_, outputs_), record_.gradients);
+  }
+
   Target into(std::size_t i, int reuse) override {
     Result& result = claim(i);
     Value& value = *tape_.inputs(record_)[i];
@@ -299,10 +303,9 @@ class Sweep {
       }
     }
     run.load(ones_);
+    tape_.report.backward_flops += run.cost().flops;
     record.op->backward(run);
     run.commit();
-    tape_.report.backward_flops +=
-        record.op->backward_cost(tape_.call(record, layouts_), record.gradients).flops;
   }
 
   std::vector<Tensor> collect() {
@@ -342,7 +345,6 @@ class Sweep {
   std::vector<std::int32_t> needs_before_;
   std::vector<Value*> ones_;
   std::vector<std::pair<Value*, Tensor>> captured_;
-  std::vector<Tensor> layouts_;
 };
 
 }  // namespace
