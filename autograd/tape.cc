@@ -120,10 +120,12 @@ void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
     if (value == nullptr) {
       continue;
     }
-    if (value->stale) {
+    // A view of what a tape has truncated has no history of its own, but its root may.
+    if (value->stale || value->root->stale) {
       fail(op.name(), "input {} is of a tape that was reset (after backward): detach it", i);
     }
-    if (value->tape != nullptr && value->tape != this) {
+    const TapeState* home = value->tape != nullptr ? value->tape : value->root->tape;
+    if (home != nullptr && home != this) {
       fail(op.name(), "input {} is on another tape than the current one: detach it", i);
     }
   }
