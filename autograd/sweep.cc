@@ -326,7 +326,8 @@ class Sweep {
     std::size_t i = 0;
     for (Value* v : tape_.values()) {
       v->gradient = Tensor();
-      const std::int32_t before = options_.keep ? needs_before_[i] : 0;
+      // Leaves that a callback has made come after those that were counted.
+      const std::int32_t before = options_.keep && i < needs_before_.size() ? needs_before_[i] : 0;
       ++i;
       ensure(v->need == before && v->pend == 0,
              "after the sweep a value of shape {} has {} uses and {} reads, expected {} and 0",

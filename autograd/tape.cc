@@ -63,6 +63,9 @@ void label_allocations(std::string_view segment) {
 Tape::Tape() : state_(std::make_unique<TapeState>()) {}
 Tape::~Tape() = default;
 void Tape::reset() {
+  if (state_->sweeping) {
+    fail("reset", "a sweep of this tape is under way");
+  }
   state_->reset();
 }
 const TapeReport& Tape::report() const {
