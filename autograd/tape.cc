@@ -1,6 +1,7 @@
 #include "autograd/tape.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "autograd/tape_state.h"
 #include "core/allocator.h"
@@ -53,6 +54,26 @@ class RecordingForward final : public Forward {
   Mask saved_inputs_;
 };
 
+template <class T, class F>
+bool all_of(const Tensor& x, F&& finite) {
+  const T* first = x.data<T>();
+  return std::all_of(first, first + x.numel(), finite);
+}
+
+bool all_finite(const Tensor& tensor) {
+  const Tensor x = tensor.contiguous(MemoryKind::workspace);
+  switch (x.dtype()) {
+    case DType::f32:
+      return all_of<float>(x, [](float v) { return std::isfinite(v); });
+    case DType::f64:
+      return all_of<double>(x, [](double v) { return std::isfinite(v); });
+    case DType::bf16:
+      return all_of<bfloat16>(x, [](bfloat16 v) { return std::isfinite(to_float(v)); });
+    default:
+      return true;
+  }
+}
+
 void label_allocations(std::string_view segment) {
   allocator(cpu).set_segment(std::string(segment));
   allocator(meta).set_segment(std::string(segment));
@@ -62,6 +83,9 @@ void label_allocations(std::string_view segment) {
 
 Tape::Tape() : state_(std::make_unique<TapeState>()) {}
 Tape::~Tape() = default;
+void Tape::check_finite(bool on) {
+  state_->check_finite = on;
+}
 void Tape::reset() {
   if (state_->sweeping) {
     fail("reset", "a sweep of this tape is under way");
@@ -218,6 +242,9 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
     hold_inputs(inputs, false);
     throw;
   }
+  if (check_finite) {
+    expect_finite(*op, run.outputs());
+  }
   const Cost cost = op->cost(Call(tensors, run.outputs()));
   report.forward_flops += cost.flops;
   std::vector<Variable> results;
@@ -256,6 +283,20 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
     keep_by_policy(records_.back());
   }
   return results;
+}
+
+void TapeState::expect_finite(const Op& op, std::span<const Tensor> outputs) const {
+  for (std::size_t k = 0; k < outputs.size(); ++k) {
+    if (!outputs[k].defined() || outputs[k].device().kind != DeviceKind::cpu ||
+        all_finite(outputs[k])) {
+      continue;
+    }
+    const std::string where = open_ < 0
+                                  ? "outside of segments"
+                                  : "in segment " + segments_[static_cast<std::size_t>(open_)].name;
+    fail(op.name(), "output {} of shape {} is not finite, {}", k, to_string(outputs[k].shape()),
+         where);
+  }
 }
 
 Call TapeState::call(const Record& r, std::vector<Tensor>& layouts) const {

@@ -38,6 +38,10 @@ class Tape {
   // Forgets everything; Variables keep their tensors but are stale.
   void reset();
   const TapeReport& report() const;
+  // While on, every op's floating outputs are looked at as it runs forward, and the first that is
+  // not finite throws Error: "[silu] output 0 of shape [2, 3] is not finite, in segment layers.1".
+  // Slow: for finding where a loss became NaN. Host tensors only.
+  void check_finite(bool on);
 
   // Makes the tape current on this thread, with these policies for the segments opened meanwhile.
   class Scope {

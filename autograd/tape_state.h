@@ -94,6 +94,7 @@ class TapeState {
   TapeReport report;
   Policies policies;
   bool sweeping = false;
+  bool check_finite = false;
 
  private:
   // A report stays readable after a reset, until the tape is used again.
@@ -107,6 +108,7 @@ class TapeState {
   Variable unrecorded_view(const Op& op, Value* source);
   Value* add_value(Tensor tensor, Value* root);
   void hold_inputs(std::span<Variable> inputs, bool add);
+  void expect_finite(const Op& op, std::span<const Tensor> outputs) const;
   void keep_by_policy(const Record& r);
   Keep ask_policy(const Segment& segment, const Value* value) const;
   void truncate(std::int32_t segment);

@@ -18,5 +18,7 @@ Allocator& cuda_allocator(Device device);
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device, std::size_t bytes);
 void cuda_zero(void* at, Device device, std::size_t bytes);
 void cuda_synchronize(Device device);
+// The cudaStream_t on which this thread's kernels and copies run.
+void* cuda_stream(Device device);
 
 }  // namespace reprise

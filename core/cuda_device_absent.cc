@@ -25,6 +25,9 @@ void cuda_copy(void*, Device, const void*, Device, std::size_t) {
 void cuda_zero(void*, Device, std::size_t) {
   absent();
 }
+void* cuda_stream(Device) {
+  absent();
+}
 void cuda_synchronize(Device) {
   absent();
 }

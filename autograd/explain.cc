@@ -1,0 +1,139 @@
+#include <algorithm>
+#include <map>
+#include <vector>
+
+#include "autograd/closure.h"
+#include "autograd/tape.h"
+#include "autograd/tape_state.h"
+
+namespace reprise {
+namespace {
+
+struct ReplayCost {
+  std::int64_t records = 0, flops = 0;
+};
+
+std::int64_t bytes_of(const std::vector<Value*>& values) {
+  std::int64_t bytes = 0;
+  for (const Value* v : values) {
+    bytes += v->tensor.bytes();
+  }
+  return bytes;
+}
+
+int depth_of(const TapeState& tape, const Segment& segment) {
+  int depth = 0;
+  for (std::int32_t p = segment.parent; p >= 0;
+       p = tape.segments()[static_cast<std::size_t>(p)].parent) {
+    ++depth;
+  }
+  return depth;
+}
+
+// What a replay of the segment executes when nothing of its inside is pinned by a handle.
+ReplayCost replay_cost(TapeState& tape, std::int32_t id) {
+  const Segment& segment = tape.segments()[static_cast<std::size_t>(id)];
+  const std::uint32_t candidate = tape.next_epoch();
+  for (Value* v : segment.keep) {
+    v->candidate = candidate;
+  }
+  Closure closure(tape, id, candidate);
+  for (std::int32_t r = segment.first; r < segment.last; ++r) {
+    const Record& record = tape.records()[static_cast<std::size_t>(r)];
+    if (record.segment == id) {
+      tape.each_saved(record, [&](Value* v) { closure.ask(v); });
+    }
+  }
+  for (std::int32_t c : segment.children) {
+    closure.ask(tape.segments()[static_cast<std::size_t>(c)].hold);
+    closure.ask(tape.segments()[static_cast<std::size_t>(c)].keep);
+  }
+  ReplayCost cost;
+  std::vector<Tensor> layouts;
+  closure.run([&](std::int32_t r) {
+    const Record& record = tape.records()[static_cast<std::size_t>(r)];
+    ++cost.records;
+    cost.flops += record.op->cost(tape.call(record, layouts)).flops;
+  });
+  return cost;
+}
+
+std::string explain_segments(TapeState& tape) {
+  std::string text = fmt::format("{:<32} {:>8} {:>14} {:>14} {:>8} {:>14}\n", "segment", "records",
+                                 "held bytes", "kept bytes", "replays", "replay FLOPs");
+  for (std::size_t s = 0; s < tape.segments().size(); ++s) {
+    const Segment& segment = tape.segments()[s];
+    const ReplayCost cost = replay_cost(tape, static_cast<std::int32_t>(s));
+    const std::string name =
+        std::string(static_cast<std::size_t>(2 * depth_of(tape, segment)), ' ') + segment.name;
+    text +=
+        fmt::format("{:<32} {:>8} {:>14} {:>14} {:>8} {:>14}\n", name, segment.last - segment.first,
+                    bytes_of(segment.hold), bytes_of(segment.keep), cost.records, cost.flops);
+  }
+  return text;
+}
+
+std::string explain_parameters(const TapeState& tape) {
+  struct Reads {
+    std::map<std::string, int> by_reader;
+    std::size_t order = 0;
+  };
+  std::map<const Parameter*, Reads> reads;
+  for (const Record& record : tape.records()) {
+    for (const Value* input : tape.inputs(record)) {
+      if (input == nullptr || !input->root->is_parameter()) {
+        continue;
+      }
+      Reads& entry =
+          reads.try_emplace(input->root->parameter, Reads{{}, reads.size()}).first->second;
+      const std::string where =
+          record.segment < 0
+              ? ""
+              : " in " + tape.segments()[static_cast<std::size_t>(record.segment)].name;
+      ++entry.by_reader[std::string(record.op->name()) + where];
+    }
+  }
+  std::vector<std::pair<const Parameter*, const Reads*>> ordered;
+  for (const auto& [parameter, entry] : reads) {
+    ordered.emplace_back(parameter, &entry);
+  }
+  std::ranges::sort(ordered, {}, [](const auto& item) { return item.second->order; });
+  std::string text = fmt::format("{:<40} {:>6}  read by\n", "parameter", "reads");
+  for (const auto& [parameter, entry] : ordered) {
+    int total = 0;
+    std::string readers;
+    for (const auto& [reader, count] : entry->by_reader) {
+      total += count;
+      readers += fmt::format("{}{} x{}", readers.empty() ? "" : ", ", reader, count);
+    }
+    text += fmt::format("{:<40} {:>6}  {}{}\n", parameter->name(), total, readers,
+                        parameter->trainable() ? "" : " (frozen)");
+  }
+  return text;
+}
+
+// Values that only the user's handles keep: policy cannot drop them.
+std::string explain_pinned(const TapeState& tape) {
+  std::string text;
+  std::int64_t total = 0;
+  for (const Value* v : tape.values()) {
+    if (v->is_view() || v->handles == 0 || v->need > 0 || v->producer < 0) {
+      continue;
+    }
+    const auto& op = *tape.records()[static_cast<std::size_t>(v->producer)].op;
+    total += v->tensor.bytes();
+    text += fmt::format("  {} ({}) {} bytes\n", v->name ? *v->name : std::string("unnamed"),
+                        op.name(), v->tensor.bytes());
+  }
+  return fmt::format("pinned by handles: {} bytes\n{}", total, text);
+}
+
+}  // namespace
+
+std::string explain(const Tape& tape) {
+  // The walks leave marks on values; what the tape records stays as it is.
+  auto& state = const_cast<TapeState&>(tape.state());
+  return explain_segments(state) + "\n" + explain_parameters(state) + "\n" + explain_pinned(state);
+}
+
+}  // namespace reprise

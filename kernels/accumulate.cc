@@ -1,0 +1,52 @@
+#include "kernels/accumulate.h"
+
+#include "kernels/accumulate_cpu.h"
+#include "kernels/matrix.h"
+
+namespace reprise::kernels {
+void accumulate(const Tensor& into, const Tensor& x) {
+  expect_floating("accumulate", "into", into);
+  expect_floating("accumulate", "x", x);
+  expect_like("accumulate", "x", x, into, "into");
+  const Matrix to = matrix("accumulate", "into", into), from = matrix("accumulate", "x", x);
+  if (into.is_meta() || into.numel() == 0) {
+    return;
+  }
+  if (into.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("accumulate", cuda::accumulate(into, x));
+  }
+  cpu::accumulate(to, from, merged_size({&into, &x}));
+}
+
+void cast(const Tensor& x, const Tensor& y) {
+  expect_floating("cast", "x", x);
+  expect_floating("cast", "y", y);
+  expect_like("cast", "y", y, x, "x");
+  const Matrix from = matrix("cast", "x", x), to = matrix("cast", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("cast", cuda::cast(x, y));
+  }
+  cpu::cast(from, to, merged_size({&x, &y}));
+}
+
+void add(const Tensor& x, const Tensor& r, const Tensor& y) {
+  expect_floating("add", "x", x);
+  expect_dtype("add", "r", r, x.dtype());
+  expect_dtype("add", "y", y, x.dtype());
+  expect_like("add", "r", r, x, "x");
+  expect_like("add", "y", y, x, "x");
+  const Matrix from = matrix("add", "x", x), other = matrix("add", "r", r),
+               to = matrix("add", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("add", cuda::add(x, r, y));
+  }
+  cpu::add(from, other, to, merged_size({&x, &r, &y}));
+}
+
+}  // namespace reprise::kernels

@@ -1,0 +1,41 @@
+// Activations: of one tensor, and gated.
+//
+// Arguments of a call have one shape; each is contiguous or rows of unit stride (a half of a wider
+// matrix). Dtypes f32 or bf16, the same for all but gradients that are written, which may be
+// either. Evaluated in f32 and rounded once unless stated. Outputs may be one of the inputs
+// (exactly), also with `accumulate` false in backward: dx may be dy. With `accumulate` a gradient
+// is added to what is there.
+// Errors: other dtypes, shapes, devices or strides.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "core/tensor.h"
+
+namespace reprise::kernels {
+
+enum class Activation : std::uint8_t {
+  silu,        // x s(x), s(x) = 1 / (1 + e^-x)
+  gelu,        // x P(x), P the integral of the normal density: x (1 + erf(x / sqrt 2)) / 2
+  gelu_tanh,   // x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; "gelu_new" in GPT-2
+  quick_gelu,  // x s(1.702 x)
+};
+// "silu", "gelu", "gelu_tanh", "quick_gelu".
+std::string_view name(Activation activation);
+
+// y = f(x).
+void activation(Activation f, const Tensor& x, const Tensor& y);
+// dx = dy f'(x).
+void activation_backward(Activation f, const Tensor& x, const Tensor& dy, const Tensor& dx,
+                         bool accumulate);
+
+// y = silu(gate) * up. In bf16 silu(gate) is rounded before the product, as a model made of two
+// operations has it.
+void gated_silu(const Tensor& gate, const Tensor& up, const Tensor& y);
+// dgate = dy up silu'(gate), dup = dy silu(gate); an undefined one is left out.
+void gated_silu_backward(const Tensor& gate, const Tensor& up, const Tensor& dy,
+                         const Tensor& dgate, bool accumulate_gate, const Tensor& dup,
+                         bool accumulate_up);
+
+}  // namespace reprise::kernels

@@ -1,0 +1,29 @@
+#include "kernels/dropout.h"
+
+#include <cmath>
+
+#include "kernels/dropout_cpu.h"
+
+namespace reprise::kernels {
+
+void dropout(const Tensor& x, double p, std::uint64_t seed, std::uint64_t offset, const Tensor& y,
+             bool accumulate) {
+  if (!(p >= 0 && p < 1)) {
+    fail("dropout", "p must be in [0, 1), got {}", p);
+  }
+  expect_trainable("dropout", "x", x);
+  expect_trainable("dropout", "y", y);
+  expect_like("dropout", "y", y, x, "x");
+  const Matrix from = matrix("dropout", "x", x), to = matrix("dropout", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("dropout", cuda::dropout(x, p, seed, offset, y, accumulate));
+  }
+  const auto threshold = static_cast<std::uint32_t>(std::ceil(p * 0x1p24));
+  cpu::dropout(from, {seed, offset, threshold, static_cast<float>(1 / (1 - p))}, to, accumulate,
+               merged_size({&x, &y}));
+}
+
+}  // namespace reprise::kernels

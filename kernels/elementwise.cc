@@ -1,0 +1,79 @@
+#include "kernels/elementwise.h"
+
+#include "kernels/elementwise_cpu.h"
+
+namespace reprise::kernels {
+
+void mul(const Tensor& x, const Tensor& r, const Tensor& y, bool accumulate) {
+  expect_trainable("mul", "x", x);
+  expect_dtype("mul", "r", r, x.dtype());
+  expect_trainable("mul", "y", y);
+  expect_like("mul", "r", r, x, "x");
+  expect_like("mul", "y", y, x, "x");
+  const Matrix from = matrix("mul", "x", x), other = matrix("mul", "r", r),
+               to = matrix("mul", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("mul", cuda::mul(x, r, y, accumulate));
+  }
+  cpu::mul(from, other, to, accumulate, merged_size({&x, &r, &y}));
+}
+
+void scale(const Tensor& x, double factor, const Tensor& y, bool accumulate) {
+  expect_trainable("scale", "x", x);
+  expect_trainable("scale", "y", y);
+  expect_like("scale", "y", y, x, "x");
+  const Matrix from = matrix("scale", "x", x), to = matrix("scale", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("scale", cuda::scale(x, factor, y, accumulate));
+  }
+  cpu::scale(from, static_cast<float>(factor), to, accumulate, merged_size({&x, &y}));
+}
+
+void add_bias(const Tensor& x, const Tensor& bias, const Tensor& y) {
+  expect_trainable("add_bias", "x", x);
+  if (x.rank() == 0) {
+    fail("add_bias", "x must be [.., C], got a scalar");
+  }
+  expect_dtype("add_bias", "bias", bias, x.dtype());
+  expect_shape("add_bias", "bias", bias, {x.shape().back()}, "[C]");
+  expect_device("add_bias", "bias", bias, x.device());
+  expect_contiguous("add_bias", "bias", bias);
+  expect_dtype("add_bias", "y", y, x.dtype());
+  expect_like("add_bias", "y", y, x, "x");
+  const Matrix from = matrix("add_bias", "x", x), row = matrix("add_bias", "bias", bias),
+               to = matrix("add_bias", "y", y);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("add_bias", cuda::add_bias(x, bias, y));
+  }
+  cpu::add_bias(from, row, to, {x.shape().rows(), x.shape().back()});
+}
+
+void bias_gradient(const Tensor& dy, const Tensor& dbias, bool accumulate) {
+  expect_trainable("add_bias", "dy", dy);
+  if (dy.rank() == 0) {
+    fail("add_bias", "dy must be [.., C], got a scalar");
+  }
+  expect_trainable("add_bias", "dbias", dbias);
+  expect_shape("add_bias", "dbias", dbias, {dy.shape().back()}, "[C]");
+  expect_device("add_bias", "dbias", dbias, dy.device());
+  expect_contiguous("add_bias", "dbias", dbias);
+  const Matrix from = matrix("add_bias", "dy", dy), to = matrix("add_bias", "dbias", dbias);
+  if (dy.is_meta() || dbias.numel() == 0) {
+    return;
+  }
+  if (dy.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("add_bias", cuda::bias_gradient(dy, dbias, accumulate));
+  }
+  cpu::bias_gradient(from, to, accumulate, {dy.shape().rows(), dy.shape().back()});
+}
+
+}  // namespace reprise::kernels

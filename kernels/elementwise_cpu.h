@@ -1,0 +1,13 @@
+// The CPU side of elementwise.h.
+#pragma once
+
+#include "kernels/matrix.h"
+
+namespace reprise::kernels::cpu {
+
+void mul(const Matrix& x, const Matrix& r, const Matrix& y, bool accumulate, MatrixSize size);
+void scale(const Matrix& x, float factor, const Matrix& y, bool accumulate, MatrixSize size);
+void add_bias(const Matrix& x, const Matrix& bias, const Matrix& y, MatrixSize size);
+void bias_gradient(const Matrix& dy, const Matrix& dbias, bool accumulate, MatrixSize size);
+
+}  // namespace reprise::kernels::cpu

@@ -1,0 +1,128 @@
+#include "kernels/matmul.h"
+
+#include <algorithm>
+
+#include "core/parallel.h"
+#include "kernels/dispatch.h"
+#include "kernels/matmul_sides.h"
+
+namespace reprise::kernels {
+namespace {
+
+void expect_f32_or_bf16(std::string_view operation, std::string_view argument,
+                        const Tensor& tensor) {
+  if (tensor.dtype() != DType::f32 && tensor.dtype() != DType::bf16) {
+    fail(operation, "{} must be f32 or bf16, got {}", argument, name(tensor.dtype()));
+  }
+}
+
+// The row stride; of a matrix with no more than one row it says nothing and is made valid.
+std::int64_t matrix(std::string_view operation, std::string_view argument, const Tensor& tensor,
+                    Device device) {
+  expect_f32_or_bf16(operation, argument, tensor);
+  expect_device(operation, argument, tensor, device);
+  if (tensor.rank() == 0) {
+    fail(operation, "{} must be a matrix, got a scalar", argument);
+  }
+  const std::int64_t stride = expect_rows(operation, argument, tensor);
+  return tensor.shape().rows() <= 1 ? tensor.shape().back() : stride;
+}
+
+TileShape checked(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options,
+                  const Tensor& bias) {
+  constexpr std::string_view op = "matmul";
+  TileShape s;
+  s.lda = matrix(op, "a", a, c.device());
+  s.ldb = matrix(op, "b", b, c.device());
+  s.ldc = matrix(op, "c", c, c.device());
+  s.transpose_a = options.transpose_a;
+  s.transpose_b = options.transpose_b;
+  s.accumulate = options.accumulate;
+  s.inputs = a.dtype();
+  s.output = c.dtype();
+  expect_dtype(op, "b", b, a.dtype());
+  s.m = options.transpose_a ? a.shape().back() : a.shape().rows();
+  s.k = options.transpose_a ? a.shape().rows() : a.shape().back();
+  s.n = options.transpose_b ? b.shape().rows() : b.shape().back();
+  const std::int64_t b_k = options.transpose_b ? b.shape().back() : b.shape().rows();
+  if (b_k != s.k) {
+    fail(op, "b must have K = {} as a {} has, got {}", s.k, to_string(a.shape()),
+         to_string(b.shape()));
+  }
+  if (c.shape().rows() != s.m || c.shape().back() != s.n) {
+    fail(op, "c must be [M, N] = [{}, {}], got {}", s.m, s.n, to_string(c.shape()));
+  }
+  if (bias.defined()) {
+    expect_f32_or_bf16(op, "bias", bias);
+    expect_device(op, "bias", bias, c.device());
+    expect_shape(op, "bias", bias, Shape{s.n}, "[N]");
+    expect_contiguous(op, "bias", bias);
+    if (options.accumulate) {
+      fail(op, "bias must be absent when the product is added to c");
+    }
+    s.bias = bias.dtype();
+  }
+  return s;
+}
+
+// A product over nothing: c is the bias, zero, or as it was.
+void fill_without_product(const Tensor& c, const MatmulOptions& options, const Tensor& bias) {
+  if (options.accumulate || c.is_meta()) {
+    return;
+  }
+  c.zero();
+  if (!bias.defined()) {
+    return;
+  }
+  const Tensor rows = c.reshape(Shape{c.shape().rows(), c.shape().back()});
+  const Tensor row = bias.dtype() == c.dtype() ? bias : Tensor::empty(bias.shape(), c.dtype());
+  if (row.dtype() != bias.dtype()) {
+    column_sums(bias.reshape(Shape{1, bias.numel()}), row);
+  }
+  for (std::int64_t i = 0; i < rows.size(0); ++i) {
+    rows.slice(0, i, i + 1).reshape(row.shape()).copy_from(row);
+  }
+}
+
+}  // namespace
+
+void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options,
+            const Tensor& bias) {
+  const TileShape s = checked(a, b, c, options, bias);
+  if (s.m == 0 || s.n == 0) {
+    return;
+  }
+  if (s.k == 0) {
+    return fill_without_product(c, options, bias);
+  }
+  if (c.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("matmul", cuda::matmul(a, b, c, options, bias));
+  }
+  const int count = threads();
+  const std::int64_t bytes = cpu::matmul_workspace_bytes(s, count);
+  const Tensor workspace =
+      Tensor::empty(Shape{(bytes + 3) / 4}, DType::f32, c.device(), MemoryKind::workspace);
+  if (c.is_meta()) {
+    return;
+  }
+  cpu::matmul(s, a.raw(), b.raw(), c.raw(), bias.defined() ? bias.raw() : nullptr, workspace.raw(),
+              count);
+}
+
+void column_sums(const Tensor& x, const Tensor& sums, bool accumulate) {
+  const std::int64_t stride = matrix("column_sums", "x", x, x.device());
+  expect_f32_or_bf16("column_sums", "sums", sums);
+  expect_shape("column_sums", "sums", sums, Shape{x.shape().back()}, "[N]");
+  expect_device("column_sums", "sums", sums, x.device());
+  expect_contiguous("column_sums", "sums", sums);
+  if (x.is_meta() || sums.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("column_sums", cuda::column_sums(x, sums, accumulate));
+  }
+  cpu::column_sums(x.dtype(), x.numel() == 0 ? nullptr : x.raw(), x.shape().rows(), sums.numel(),
+                   stride, sums.dtype(), sums.raw(), accumulate);
+}
+
+}  // namespace reprise::kernels

@@ -1,0 +1,175 @@
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "core/parallel.h"
+#include "kernels/matmul_sides.h"
+#include "kernels/scratch.h"
+
+namespace reprise::kernels::cpu {
+namespace {
+
+std::int64_t parts(std::int64_t size, std::int64_t of) {
+  return (size + of - 1) / of;
+}
+
+// `size` in equal parts of at most `most`, whole multiples of `grain` but for the last.
+std::int64_t even(std::int64_t size, std::int64_t most, std::int64_t grain) {
+  if (size <= most) {
+    return size;
+  }
+  const std::int64_t part = parts(size, parts(size, most));
+  return parts(part, grain) * grain;
+}
+
+// The products of a task, by what differs: its rows, columns and depth are whole or the last ones,
+// and it overwrites C or adds to it.
+class Products {
+ public:
+  Products(const TileShape& whole, const MatmulCut& cut) : whole_(whole), cut_(cut) {
+    for (const std::int64_t m : sizes(whole.m, cut.rows)) {
+      for (const std::int64_t n : sizes(whole.n, cut.columns)) {
+        for (const std::int64_t k : sizes(whole.k, cut.depth)) {
+          const bool several = whole.k > cut.depth;
+          const bool is_first = k == cut.depth || !several;
+          if (is_first) {
+            add(m, n, k, whole.accumulate, true);
+          }
+          if (several) {
+            add(m, n, k, true, false);
+          }
+        }
+      }
+    }
+  }
+
+  const TileProduct& find(std::int64_t m, std::int64_t n, std::int64_t k, bool first) const {
+    return *products_.at({m, n, k, first});
+  }
+
+  std::int64_t scratch_bytes() const {
+    std::int64_t most = 0;
+    for (const auto& [key, product] : products_) {
+      most = std::max(most, product->scratch_bytes());
+    }
+    return most;
+  }
+
+ private:
+  static std::vector<std::int64_t> sizes(std::int64_t whole, std::int64_t part) {
+    if (whole % part == 0) {
+      return {part};
+    }
+    return whole < part ? std::vector{whole} : std::vector{part, whole % part};
+  }
+
+  void add(std::int64_t m, std::int64_t n, std::int64_t k, bool accumulate, bool first) {
+    TileShape s = whole_;
+    s.m = m;
+    s.n = n;
+    s.k = k;
+    s.accumulate = accumulate;
+    if (!first) {
+      s.bias.reset();
+    }
+    if (cut_.pack) {
+      s.ldb = n;
+    }
+    products_[{m, n, k, first}] = tile_product(s);
+  }
+
+  const TileShape whole_;
+  const MatmulCut cut_;
+  std::map<std::tuple<std::int64_t, std::int64_t, std::int64_t, bool>,
+           std::shared_ptr<const TileProduct>>
+      products_;
+};
+
+const char* part_of(const void* at, bool transposed, std::int64_t row, std::int64_t column,
+                    std::int64_t stride, std::int64_t bytes) {
+  return static_cast<const char*>(at) +
+         (transposed ? column * stride + row : row * stride + column) * bytes;
+}
+
+struct Operands {
+  const TileShape& whole;
+  const char *a, *b;
+  char* c;
+  const char* bias;
+};
+
+void run_task(const Operands& with, const MatmulCut& cut, const Products& products,
+              std::int64_t row, std::int64_t column, char* pack, char* scratch) {
+  const TileShape& s = with.whole;
+  const auto in = static_cast<std::int64_t>(size_bytes(s.inputs));
+  const auto out = static_cast<std::int64_t>(size_bytes(s.output));
+  const std::int64_t m = std::min(cut.rows, s.m - row), n = std::min(cut.columns, s.n - column);
+  char* const c = with.c + (row * s.ldc + column) * out;
+  const char* const bias =
+      s.bias ? with.bias + column * static_cast<std::int64_t>(size_bytes(*s.bias)) : nullptr;
+  for (std::int64_t depth = 0; depth < s.k; depth += cut.depth) {
+    const std::int64_t k = std::min(cut.depth, s.k - depth);
+    const char* const a = part_of(with.a, s.transpose_a, row, depth, s.lda, in);
+    const char* b = part_of(with.b, s.transpose_b, depth, column, s.ldb, in);
+    if (cut.pack) {
+      for (std::int64_t i = 0; i < k; ++i) {
+        std::memcpy(pack + i * n * in, b + i * s.ldb * in, static_cast<std::size_t>(n * in));
+      }
+      b = pack;
+    }
+    products.find(m, n, k, depth == 0).run(a, b, c, bias, scratch);
+  }
+}
+
+std::int64_t pack_bytes(const TileShape& s, const MatmulCut& cut) {
+  return cut.pack ? aligned_bytes(cut.depth * cut.columns *
+                                  static_cast<std::int64_t>(size_bytes(s.inputs)))
+                  : 0;
+}
+
+std::int64_t slots(const TileShape& s, const MatmulCut& cut, int threads) {
+  return std::min<std::int64_t>(threads, parts(s.m, cut.rows) * parts(s.n, cut.columns));
+}
+
+}  // namespace
+
+MatmulCut matmul_cut(const TileShape& s) {
+  // Rows of B that are far apart fall on few sets of the first cache. bf16 is copied by oneDNN, and
+  // so is a transposed B; f32 as stored is not.
+  const bool pack = s.inputs == DType::f32 && !s.transpose_b && s.n > 64 && s.m >= 64;
+  MatmulCut cut{};
+  cut.pack = pack;
+  cut.columns = even(s.n, pack ? 256 : 768, 64);
+  cut.rows = even(s.m, pack ? 1024 : 512, 64);
+  cut.depth = pack && s.output == DType::f32 ? even(s.k, 1024, 64) : s.k;
+  return cut;
+}
+
+std::int64_t matmul_workspace_bytes(const TileShape& s, int threads) {
+  const MatmulCut cut = matmul_cut(s);
+  return slots(s, cut, threads) *
+         (aligned_bytes(Products(s, cut).scratch_bytes()) + pack_bytes(s, cut));
+}
+
+void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
+            void* workspace, int threads) {
+  const MatmulCut cut = matmul_cut(s);
+  const Products products(s, cut);
+  const std::int64_t pack = pack_bytes(s, cut);
+  ScratchSlots scratch(workspace, slots(s, cut, threads),
+                       aligned_bytes(products.scratch_bytes()) + pack);
+  const Operands with{s, static_cast<const char*>(a), static_cast<const char*>(b),
+                      static_cast<char*>(c), static_cast<const char*>(bias)};
+  const std::int64_t across = parts(s.n, cut.columns);
+  parallel_for(parts(s.m, cut.rows) * across, 1, [&](std::int64_t task, std::int64_t) {
+    const ScratchSlots::Use slot(scratch);
+    run_task(with, cut, products, task / across * cut.rows, task % across * cut.columns, slot.at(),
+             slot.at() + pack);
+  });
+}
+
+}  // namespace reprise::kernels::cpu

@@ -1,0 +1,314 @@
+#include "nn/weights/folder.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+#include <fmt/format.h>
+
+#include "core/error.h"
+#include "nn/weights/json.h"
+#include "nn/weights/replace_file.h"
+
+namespace reprise::nn {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kSingle = "model.safetensors";
+constexpr std::string_view kIndex = "model.safetensors.index.json";
+
+std::string inside(const std::string& folder, std::string_view file) {
+  return (fs::path(folder) / file).string();
+}
+
+bool is_bare(const std::string& file) {
+  return !file.empty() && file != "." && file != ".." &&
+         file.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
+}
+
+// "a, b and 3 more".
+std::string listed(const std::vector<std::string>& names) {
+  constexpr std::size_t kShown = 8;
+  const auto shown = std::min(kShown, names.size());
+  std::string text = fmt::format("{}", fmt::join(names.begin(), names.begin() + static_cast<long>(shown), ", "));
+  if (names.size() > shown) {
+    text += fmt::format(" and {} more", names.size() - shown);
+  }
+  return text;
+}
+
+// The dtype of config.json follows the weights, whichever of the two keys it has.
+std::string config_with_dtype(const std::string& text, DType dtype) {
+  auto config = nlohmann::ordered_json::parse(text);
+  const std::string name = dtype == DType::bf16 ? "bfloat16" : "float32";
+  bool found = false;
+  for (const char* key : {"torch_dtype", "dtype"}) {
+    if (config.contains(key)) {
+      config[key] = name;
+      found = true;
+    }
+  }
+  if (!found) {
+    config["torch_dtype"] = name;
+  }
+  return config.dump(2) + "\n";
+}
+
+std::vector<NamedTensor> weights_of(Model& model) {
+  std::vector<NamedTensor> tensors;
+  for (const NamedParameter& entry : model.named_parameters()) {
+    if (!entry.adapter) {
+      tensors.push_back({entry.path, entry.parameter->value()});
+    }
+  }
+  return tensors;
+}
+
+// Consecutive runs of tensors of at most the given size; one that is larger stands alone.
+std::vector<std::span<const NamedTensor>> split(std::span<const NamedTensor> tensors,
+                                                std::int64_t max_bytes) {
+  std::vector<std::span<const NamedTensor>> shards;
+  std::size_t begin = 0;
+  std::int64_t bytes = 0;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (i > begin && bytes + tensors[i].tensor.bytes() > max_bytes) {
+      shards.push_back(tensors.subspan(begin, i - begin));
+      begin = i;
+      bytes = 0;
+    }
+    bytes += tensors[i].tensor.bytes();
+  }
+  shards.push_back(tensors.subspan(begin));
+  return shards;
+}
+
+absl::Status write_shards(const std::string& folder,
+                          std::span<const std::span<const NamedTensor>> shards) {
+  nlohmann::json index;
+  index["weight_map"] = nlohmann::json::object();
+  std::int64_t total_bytes = 0;
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const std::string file =
+        fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
+    const absl::Status status = write_safetensors(inside(folder, file), shards[i]);
+    if (!status.ok()) {
+      return status;
+    }
+    for (const NamedTensor& entry : shards[i]) {
+      index["weight_map"][entry.name] = file;
+      total_bytes += entry.tensor.bytes();
+    }
+  }
+  index["metadata"] = {{"total_size", total_bytes}};
+  return replace_file(inside(folder, kIndex), index.dump(2) + "\n");
+}
+
+// Weights of an earlier save would be read in place of, or beside, the new ones.
+absl::Status remove_old_weights(const std::string& folder, std::size_t shards) {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder, error)) {
+    const std::string file = entry.path().filename().string();
+    const bool shard = file.starts_with("model-") && file.ends_with(".safetensors");
+    const bool current = shard && file.ends_with(fmt::format("-of-{:05}.safetensors", shards));
+    const bool old = shards == 1 ? shard || file == kIndex : file == kSingle || (shard && !current);
+    if (old) {
+      fs::remove(entry.path(), error);
+    }
+    if (error) {
+      break;
+    }
+  }
+  return error ? absl::ErrnoToStatus(error.value(), folder) : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<WeightFolder> WeightFolder::open(const std::string& folder) {
+  WeightFolder result;
+  result.folder_ = folder;
+  const auto open_file = [&](const std::string& name) -> absl::StatusOr<const SafetensorsFile*> {
+    absl::StatusOr<SafetensorsFile> file = SafetensorsFile::open(inside(folder, name));
+    if (!file.ok()) {
+      return file.status();
+    }
+    return result.files_.emplace_back(std::make_unique<SafetensorsFile>(*std::move(file))).get();
+  };
+  if (fs::exists(inside(folder, kSingle)) || !fs::exists(inside(folder, kIndex))) {
+    const auto file = open_file(std::string(kSingle));
+    if (!file.ok()) {
+      return file.status();
+    }
+    for (const StoredTensor& tensor : (*file)->tensors()) {
+      result.index_.emplace(tensor.name, *file);
+    }
+    return result;
+  }
+
+  absl::StatusOr<JsonReader> index = JsonReader::open(inside(folder, kIndex));
+  if (!index.ok()) {
+    return index.status();
+  }
+  if (!index->has("weight_map")) {
+    index->refuse("weight_map", "is missing");
+  }
+  JsonReader map = index->object("weight_map");
+  std::map<std::string, std::vector<std::string>> by_file;
+  for (const std::string& name : map.keys()) {
+    const std::string file = map.string(name);
+    if (map.status().ok() && !is_bare(file)) {
+      map.refuse(name, fmt::format("must be the name of a file in the folder, got \"{}\"", file));
+    }
+    by_file[file].push_back(name);
+  }
+  if (!map.status().ok()) {
+    return map.status();
+  }
+  for (const auto& [name, tensors] : by_file) {
+    const auto file = open_file(name);
+    if (!file.ok()) {
+      return file.status();
+    }
+    const std::set<std::string> mapped(tensors.begin(), tensors.end());
+    for (const std::string& tensor : tensors) {
+      if ((*file)->find(tensor) == nullptr) {
+        return absl::InvalidArgumentError(
+            fmt::format("{}: weight_map puts tensor \"{}\" in {}, which does not hold it",
+                        inside(folder, kIndex), tensor, name));
+      }
+      result.index_.emplace(tensor, *file);
+    }
+    for (const StoredTensor& tensor : (*file)->tensors()) {
+      if (!mapped.contains(tensor.name)) {
+        return absl::InvalidArgumentError(
+            fmt::format("{}: holds tensor \"{}\", which weight_map {}", inside(folder, name),
+                        tensor.name,
+                        map.has(tensor.name) ? "puts in " + map.string(tensor.name)
+                                             : "does not list"));
+      }
+    }
+  }
+  return result;
+}
+
+std::vector<std::string> WeightFolder::names() const {
+  std::vector<std::string> result;
+  for (const auto& [name, file] : index_) {
+    result.push_back(name);
+  }
+  return result;
+}
+
+const SafetensorsFile* WeightFolder::find(std::string_view name) const {
+  const auto found = index_.find(name);
+  return found == index_.end() ? nullptr : found->second;
+}
+
+std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path) {
+  const std::string_view prefix = model.trunk_prefix();
+  if (weights.find(path) == nullptr && path.starts_with(prefix)) {
+    const std::string bare = path.substr(prefix.size());
+    if (weights.find(bare) != nullptr) {
+      return bare;
+    }
+  }
+  return path;
+}
+
+absl::Status load_weights(const std::string& folder, Model& model, bool map) {
+  const absl::StatusOr<WeightFolder> opened = WeightFolder::open(folder);
+  if (!opened.ok()) {
+    return opened.status();
+  }
+  const WeightFolder& weights = *opened;
+  std::vector<std::string> missing, unexpected;
+  std::set<std::string> used;
+  for (const NamedParameter& entry : model.named_parameters()) {
+    if (entry.adapter) {
+      continue;
+    }
+    const std::string key = key_in(weights, model, entry.path);
+    const SafetensorsFile* const file = weights.find(key);
+    if (file == nullptr) {
+      missing.push_back(entry.path);
+      continue;
+    }
+    used.insert(key);
+  }
+  for (const std::string& name : weights.names()) {
+    const bool tied_head = model.head() == nullptr && name == "lm_head.weight";
+    if (!used.contains(name) && !model.is_buffer(name) && !tied_head) {
+      unexpected.push_back(name);
+    }
+  }
+  if (!missing.empty() || !unexpected.empty()) {
+    std::string text = folder + ":";
+    if (!missing.empty()) {
+      text += fmt::format(" {} tensors are missing: {}", missing.size(), listed(missing));
+    }
+    if (!unexpected.empty()) {
+      text += fmt::format("{} {} tensors have no place in a {}: {}", missing.empty() ? "" : ";",
+                          unexpected.size(), model.type(), listed(unexpected));
+    }
+    return absl::InvalidArgumentError(text);
+  }
+  for (const NamedParameter& entry : model.named_parameters()) {
+    if (entry.adapter) {
+      continue;
+    }
+    const std::string key = key_in(weights, model, entry.path);
+    const SafetensorsFile& file = *weights.find(key);
+    Parameter& parameter = *entry.parameter;
+    const Tensor& value = parameter.value();
+    const bool in_place = map && value.device() == cpu &&
+                          file.find(key)->type == stored_type(value.dtype());
+    // Also when it stays mapped: the shape must fit.
+    const absl::Status status =
+        in_place ? file.read_into(key, Tensor::empty(value.shape(), value.dtype(), meta))
+                 : file.read_into(key, parameter.write());
+    if (!status.ok()) {
+      return status;
+    }
+    if (in_place) {
+      parameter.bind_value(*file.read(key));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
+                                                  const LoadOptions& options) {
+  absl::StatusOr<JsonReader> config = JsonReader::open(inside(folder, "config.json"));
+  if (!config.ok()) {
+    return config.status();
+  }
+  absl::StatusOr<std::unique_ptr<Model>> model = build_model(*config, options.place);
+  if (!model.ok()) {
+    return model;
+  }
+  const absl::Status status = load_weights(folder, **model, options.map);
+  if (!status.ok()) {
+    return status;
+  }
+  return model;
+}
+
+absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (error) {
+    return absl::ErrnoToStatus(error.value(), folder);
+  }
+  const std::vector<NamedTensor> tensors = weights_of(model);
+  const auto shards = split(tensors, options.max_shard_bytes);
+  absl::Status status = shards.size() == 1 ? write_safetensors(inside(folder, kSingle), tensors)
+                                           : write_shards(folder, shards);
+  if (status.ok()) {
+    const DType dtype = tensors.empty() ? DType::f32 : tensors.front().tensor.dtype();
+    status = replace_file(inside(folder, "config.json"),
+                          config_with_dtype(model.config_json(), dtype));
+  }
+  return status.ok() ? remove_old_weights(folder, shards.size()) : status;
+}
+
+}  // namespace reprise::nn

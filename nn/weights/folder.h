@@ -1,0 +1,70 @@
+// Model folders as the Hugging Face libraries write and read them:
+//
+//   config.json
+//   model.safetensors, or model.safetensors.index.json and its shards
+//
+//   auto model = load_model("qwen2-0.5b", {.place = {cpu, DType::bf16}});
+//   absl::Status saved = save_model(**model, "out");
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+#include "nn/models/model.h"
+#include "nn/weights/safetensors.h"
+
+namespace reprise::nn {
+
+// The tensors of a folder, in one file or many.
+class WeightFolder {
+ public:
+  // Reads DIR/model.safetensors, or the index and every shard. Checks that each file of the index is a
+  // bare name inside of the folder, that each tensor is in the file it is said to be in, and in no
+  // other.
+  static absl::StatusOr<WeightFolder> open(const std::string& folder);
+
+  const std::string& folder() const { return folder_; }
+  // In byte order.
+  std::vector<std::string> names() const;
+  // Null when there is no tensor of that name.
+  const SafetensorsFile* find(std::string_view name) const;
+
+ private:
+  std::string folder_;
+  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::map<std::string, const SafetensorsFile*, std::less<>> index_;
+};
+
+struct LoadOptions {
+  Place place{};  // the parameters get this type whatever the file holds
+  // Parameters of the file's own type stay in the mapped file (on cpu): nothing is read before it is
+  // used, and the allocator does not count them. Writing to them does not change the file.
+  bool map = false;
+};
+
+// A finished model, all parameters trainable. Every tensor must have its place and every parameter its
+// tensor; what is missing and what is unexpected is told at once. Known buffers of old files and the
+// head of a tied model are passed over.
+absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
+                                                  const LoadOptions& options = {});
+// The parameters of DIR into a model that was built already.
+absl::Status load_weights(const std::string& folder, Model& model, bool map = false);
+
+struct SaveOptions {
+  std::int64_t max_shard_bytes = 5'000'000'000;
+};
+
+// Writes config.json and the weights, in shards when they exceed one. A folder that is there is
+// overwritten file by file; no reader sees half a file. Adapters are not written (see nn/lora.h).
+absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
+
+// The key of each parameter in the files of `folder`, which may lack the trunk's prefix.
+std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path);
+
+}  // namespace reprise::nn

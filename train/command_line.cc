@@ -1,0 +1,144 @@
+#include "train/command_line.h"
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <absl/status/status.h>
+#include <fmt/format.h>
+
+#include "autograd/policy.h"
+#include "core/error.h"
+#include "train/demo.h"
+#include "train/parity.h"
+#include "train/suggest.h"
+
+namespace reprise::train {
+namespace {
+
+constexpr int kBadInput = 2;
+
+int report(const absl::Status& status) {
+  if (status.ok()) {
+    return 0;
+  }
+  fmt::print(stderr, "reprise: {}\n", std::string(status.message()));
+  const bool input = status.code() == absl::StatusCode::kInvalidArgument ||
+                     status.code() == absl::StatusCode::kNotFound ||
+                     status.code() == absl::StatusCode::kFailedPrecondition;
+  return input ? kBadInput : 1;
+}
+
+int show(const absl::StatusOr<ParityReport>& parity, bool as_json) {
+  if (!parity.ok()) {
+    fmt::print(stderr, "reprise: {}\n", std::string(parity.status().message()));
+  } else {
+    fmt::print("{}", as_json ? to_json(*parity) : to_text(*parity));
+  }
+  return exit_code(parity);
+}
+
+std::vector<std::string> command_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    names.push_back(command->get_name());
+  }
+  return names;
+}
+
+std::vector<std::string> flag_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : app.get_options()) {
+    for (const std::string& name : option->get_lnames()) {
+      names.push_back("--" + name);
+    }
+  }
+  return names;
+}
+
+// Complains about the first word that is neither a command nor a flag of the command at hand; the
+// parser's own message has no suggestion.
+int complain(const CLI::App& app, int argc, char** argv, const std::string& parser_text) {
+  const CLI::App* command = &app;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view word(argv[i]);
+    const std::string name(word.substr(0, word.find('=')));
+    if (word.starts_with("--")) {
+      const auto known = flag_names(*command);
+      if (std::ranges::find(known, name) == known.end()) {
+        const std::string near = nearest(name, known);
+        fmt::print(stderr, "reprise: unknown flag {}{}\n", name,
+                   near.empty() ? "" : fmt::format(": did you mean {}?", near));
+        return kBadInput;
+      }
+    } else if (command == &app) {
+      const auto known = command_names(app);
+      if (std::ranges::find(known, name) == known.end()) {
+        const std::string near = nearest(name, known);
+        fmt::print(stderr, "reprise: unknown command {}{}\n", name,
+                   near.empty() ? fmt::format("; commands: {}", fmt::join(known, ", "))
+                                : fmt::format(": did you mean {}?", near));
+        return kBadInput;
+      }
+      command = app.get_subcommand(name);
+    }
+  }
+  fmt::print(stderr, "reprise: {}\n", parser_text);
+  return kBadInput;
+}
+
+}  // namespace
+
+int run_command_line(int argc, char** argv) {
+  CLI::App app("Build, train and fine-tune transformers.", "reprise");
+  app.require_subcommand(1);
+
+  DemoOptions demo;
+  CLI::App* demo_command =
+      app.add_subcommand("demo", "Train a small decoder on real text and compare the policies.");
+  demo_command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations");
+  demo_command->add_option("--seconds", demo.seconds, "Time to train")->check(CLI::PositiveNumber);
+  demo_command->add_option("--policy", demo.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  demo_command->add_option("--gradients-out", demo.gradients_out,
+                           "Write the gradients of one step to this file and end");
+  demo_command->add_option("--seed", demo.seed, "Of weights and data");
+  demo_command->add_flag("--quiet", demo.quiet, "No progress line");
+
+  std::string case_folder, dtype = "f32";
+  ParityOptions parity;
+  bool as_json = false;
+  CLI::App* parity_command =
+      app.add_subcommand("parity", "Compare a model with what the reference computed.");
+  parity_command->add_option("DIR", case_folder, "The case")->required();
+  parity_command->add_option("--dtype", dtype, "f32 or bf16")
+      ->check(CLI::IsMember({"f32", "bf16"}));
+  parity_command->add_option("--policy", parity.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  parity_command->add_flag("--every-policy", parity.every_policy,
+                           "Run under each policy and ask for bitwise equal gradients");
+  parity_command->add_flag("--json", as_json, "Print JSON");
+  parity_command->add_option("--write", parity.write, "Write what was computed to this file");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    return complain(app, argc, argv, error.what());
+  }
+  try {
+    if (parity_command->parsed()) {
+      parity.dtype = dtype == "bf16" ? DType::bf16 : DType::f32;
+      return show(run_parity(case_folder, parity), as_json);
+    }
+    return report(run_demo(demo));
+  } catch (const Error& error) {
+    fmt::print(stderr, "reprise: {}\n", error.what());
+    return 1;
+  }
+}
+
+}  // namespace reprise::train

@@ -1,0 +1,31 @@
+// `reprise demo`: a small Llama-style decoder learns real text, then the policy table.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include <absl/status/status.h>
+
+#include "core/tensor.h"
+#include "nn/models/model.h"
+
+namespace reprise::train {
+
+struct DemoOptions {
+  std::string text;                    // a file; empty: the quotations of Debian's `fortunes`
+  double seconds = 170;                // of training
+  std::string policy = "inputs-only";  // while training, and for gradients_out
+  std::string gradients_out;           // write one step's gradients there (safetensors) and end
+  std::uint64_t seed = 1;
+  bool quiet = false;  // no progress line
+};
+
+// About 10 M parameters: bytes in, 8 blocks of width 320.
+std::unique_ptr<nn::Model> demo_model(Device device);
+
+// Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
+// when the policies' gradients differ or a prediction is off.
+absl::Status run_demo(const DemoOptions& options);
+
+}  // namespace reprise::train

@@ -1,0 +1,108 @@
+#include "train/policy_table.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include <fmt/format.h>
+#include <xxhash.h>
+
+#include "autograd/dry_run.h"
+#include "train/progress.h"
+
+namespace reprise::train {
+namespace {
+
+std::int64_t activation_bytes(const StepReport& step) {
+  std::int64_t bytes = 0;
+  for (MemoryKind kind : {MemoryKind::activations, MemoryKind::saved, MemoryKind::workspace}) {
+    bytes += step.at_peak[static_cast<std::size_t>(kind)];
+  }
+  return bytes;
+}
+
+void zero_gradients(nn::Model& model) {
+  for (Parameter* p : model.parameters()) {
+    p->zero_gradient();
+  }
+}
+
+nn::Batch on(const nn::Batch& batch, Device device) {
+  nn::Batch moved = batch;
+  for (Tensor* tensor : {&moved.ids, &moved.labels, &moved.mask, &moved.positions}) {
+    if (tensor->defined()) {
+      *tensor = tensor->to(device);
+    }
+  }
+  return moved;
+}
+
+}  // namespace
+
+std::string gradient_digest(const std::vector<Parameter*>& parameters) {
+  XXH3_state_t* state = XXH3_createState();
+  XXH3_128bits_reset(state);
+  for (const Parameter* p : parameters) {
+    if (p->has_gradient()) {
+      const Tensor gradient = p->gradient();
+      XXH3_128bits_update(state, p->name().data(), p->name().size());
+      XXH3_128bits_update(state, gradient.raw(), static_cast<std::size_t>(gradient.bytes()));
+    }
+  }
+  const XXH128_hash_t hash = XXH3_128bits_digest(state);
+  XXH3_freeState(state);
+  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
+}
+
+std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
+                                    int repeats) {
+  const nn::Batch meta_batch = on(batch, meta);
+  std::vector<PolicyRow> rows;
+  for (const std::string& name : Policies::names()) {
+    PolicyRow row;
+    row.policy = name;
+    zero_gradients(meta_model);
+    row.predicted_bytes = activation_bytes(
+        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name)));
+    zero_gradients(meta_model);
+    std::vector<double> times;
+    for (int i = 0; i < repeats; ++i) {
+      zero_gradients(model);
+      const auto start = std::chrono::steady_clock::now();
+      const StepReport step =
+          measure_step([&] { return model.loss(batch); }, Policies::named(name), cpu);
+      times.push_back(
+          std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+              .count());
+      row.measured_bytes = activation_bytes(step);
+      row.replayed_records = step.tape.replayed_records;
+    }
+    std::ranges::sort(times);
+    row.step_ms = times[times.size() / 2];
+    row.digest = gradient_digest(model.parameters());
+    rows.push_back(std::move(row));
+  }
+  zero_gradients(model);
+  return rows;
+}
+
+std::string to_string(const std::vector<PolicyRow>& rows) {
+  std::string text = fmt::format("{:<14} {:>12} {:>12} {:>10} {:>10}  {}\n", "policy", "predicted",
+                                 "measured", "step", "replayed", "digest of all gradients");
+  for (const PolicyRow& row : rows) {
+    text += fmt::format("{:<14} {:>12} {:>12} {:>7.1f} ms {:>10}  {}\n", row.policy,
+                        human_bytes(row.predicted_bytes), human_bytes(row.measured_bytes),
+                        row.step_ms, row.replayed_records, row.digest);
+  }
+  return text;
+}
+
+bool agree(const std::vector<PolicyRow>& rows) {
+  return std::ranges::all_of(rows, [&](const PolicyRow& row) {
+    const auto difference = static_cast<double>(std::abs(row.predicted_bytes - row.measured_bytes));
+    return row.digest == rows.front().digest &&
+           difference <= 0.01 * static_cast<double>(row.measured_bytes);
+  });
+}
+
+}  // namespace reprise::train

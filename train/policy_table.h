@@ -1,0 +1,35 @@
+// The product's point as a table: the same step under each policy, with its memory predicted by a
+// dry run, measured, its time, and a digest of all gradients.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "nn/models/model.h"
+
+namespace reprise::train {
+
+struct PolicyRow {
+  std::string policy;
+  std::int64_t predicted_bytes = 0;  // activations, saved values and workspace at the peak
+  std::int64_t measured_bytes = 0;
+  double step_ms = 0;  // forward and backward, median
+  std::int64_t replayed_records = 0;
+  std::string digest;  // XXH3-128 over names and bytes of all gradients
+};
+
+// Names and bytes of all gradients, in order of registration. Parameters without one are skipped.
+std::string gradient_digest(const std::vector<Parameter*>& parameters);
+
+// One row a policy. `meta_model` is the same model on meta. The model's parameters stay as they
+// are; gradients end up zeroed.
+std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
+                                    int repeats = 3);
+std::string to_string(const std::vector<PolicyRow>& rows);
+// True when every row has the same digest, and each prediction is within 1% of what was measured.
+bool agree(const std::vector<PolicyRow>& rows);
+
+}  // namespace reprise::train

@@ -1,0 +1,78 @@
+#include "train/trainer.h"
+
+#include <cmath>
+#include <utility>
+
+#include "core/error.h"
+#include "nn/optimizer/clip.h"
+
+namespace reprise::train {
+
+Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options)
+    : model_(model),
+      generator_(generator),
+      options_(std::move(options)),
+      parameters_(model.trainable_parameters()),
+      optimizer_(parameters_, options_.adamw) {
+  model_.train(generator_);
+}
+
+double Trainer::forward_backward(const nn::Batch& batch) {
+  for (Parameter* p : parameters_) {
+    p->zero_gradient();
+  }
+  const std::uint64_t first_offset = generator_.next_offset;
+  Tape::Scope scope(tape_, options_.policies);
+  const Variable loss = model_.loss(batch);
+  const double value = loss.tensor().is_meta() ? 0.0 : loss.tensor().item<float>();
+  if (!std::isfinite(value)) {
+    tape_.reset();
+    explain_non_finite(batch, first_offset, value);
+  }
+  BackwardOptions backward_options;
+  backward_options.parameters = parameters_;
+  if (before_backward) {
+    before_backward(backward_options);
+  }
+  backward(loss, backward_options);
+  if (after_backward) {
+    after_backward();
+  }
+  return value;
+}
+
+double Trainer::step(const nn::Batch& batch, double learning_rate) {
+  const double loss = forward_backward(batch);
+  if (options_.max_norm > 0) {
+    nn::clip_global_norm(parameters_, options_.max_norm);
+  }
+  optimizer_.step(learning_rate);
+  ++steps_;
+  return loss;
+}
+
+double Trainer::evaluate(const nn::Batch& batch) {
+  model_.evaluate();
+  const double loss = model_.loss(batch).tensor().item<float>();
+  model_.train(generator_);
+  return loss;
+}
+
+// The same forward again, same random numbers, looking at every op's output.
+void Trainer::explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset, double loss) {
+  const std::uint64_t offset = std::exchange(generator_.next_offset, first_offset);
+  tape_.check_finite(true);
+  std::string first = "none when run again";
+  try {
+    (void)model_.loss(batch);
+  } catch (const Error& error) {
+    first = error.what();
+  }
+  tape_.check_finite(false);
+  tape_.reset();
+  generator_.next_offset = offset;
+  fail("train", "the loss is {} at step {}; first op with a non-finite output: {}", loss,
+       steps_ + 1, first);
+}
+
+}  // namespace reprise::train

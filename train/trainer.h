@@ -1,0 +1,58 @@
+// One model, one optimizer, one step after the other.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "autograd/tape.h"
+#include "core/philox.h"
+#include "nn/models/model.h"
+#include "nn/optimizer/adamw.h"
+
+namespace reprise::train {
+
+struct TrainerOptions {
+  nn::AdamWOptions adamw;
+  double max_norm = 1.0;  // of all gradients together; 0: not clipped
+  Policies policies;
+};
+
+class Trainer {
+ public:
+  // The model's trainable parameters are the optimizer's. `generator` feeds its dropout. Both must
+  // outlive the trainer.
+  Trainer(nn::Model& model, Generator& generator, TrainerOptions options);
+
+  // What happens around backward, for reduction over ranks; empty: nothing.
+  std::function<void(BackwardOptions&)> before_backward;
+  std::function<void()> after_backward;
+
+  // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
+  // where a step is a dry run with the same allocations. Throws Error when the loss is not finite:
+  // it names the step and the first op with a non-finite output; nothing was updated.
+  double step(const nn::Batch& batch, double learning_rate);
+  // Forward and backward only: gradients as they stand after the sweep.
+  double forward_backward(const nn::Batch& batch);
+  // Loss without gradients, in evaluation mode.
+  double evaluate(const nn::Batch& batch);
+
+  std::int64_t steps() const { return steps_; }
+  const std::vector<Parameter*>& parameters() const { return parameters_; }
+  void set_policies(Policies policies) { options_.policies = std::move(policies); }
+  const TapeReport& tape_report() const { return tape_.report(); }
+
+ private:
+  [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
+                                       double loss);
+
+  nn::Model& model_;
+  Generator& generator_;
+  TrainerOptions options_;
+  std::vector<Parameter*> parameters_;
+  nn::AdamW optimizer_;
+  Tape tape_;
+  std::int64_t steps_ = 0;
+};
+
+}  // namespace reprise::train
