@@ -170,6 +170,7 @@ class Engine {
   }
 
   void finalize() {
+    scratch_ = Tensor();
     check(MPI_Comm_free(&payload_), "MPI_Comm_free");
     check(MPI_Comm_free(&control_), "MPI_Comm_free");
     check(MPI_Finalize(), "MPI_Finalize");
@@ -226,7 +227,9 @@ class Engine {
       return std::string(reprise::name(static_cast<DType>(h.dtype)));
     });
     expect_equal("count", [&](const Header& h) { return number(h.count); });
-    expect_equal("reduction", [&](const Header& h) { return number(h.reduce); });
+    expect_equal("reduction", [](const Header& h) {
+      return std::string(h.reduce == 0 ? "sum" : h.reduce == 1 ? "max" : "min");
+    });
     expect_equal("root", [&](const Header& h) { return number(h.root); });
     expect_equal("sequence", [&](const Header& h) { return number(h.sequence); });
   }
