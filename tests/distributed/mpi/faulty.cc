@@ -52,9 +52,9 @@ void fault_before_step(const std::string& fault, Communicator& world) {
 }
 
 void payload_fault(const std::string& fault, bool culprit, Communicator& world) {
-  const Tensor data = Tensor::zeros(
-      {culprit && fault == "count" ? std::int64_t{500'000} : std::int64_t{1'000'000}},
-      culprit && fault == "dtype" ? DType::i32 : DType::f32);
+  const Tensor data =
+      Tensor::zeros({culprit && fault == "count" ? std::int64_t{500'000} : std::int64_t{1'000'000}},
+                    culprit && fault == "dtype" ? DType::i32 : DType::f32);
   const Reduce reduce = culprit && fault == "reduction" ? Reduce::max : Reduce::sum;
   world.all_reduce(data, reduce, {"payload"}).wait();
 }
