@@ -73,7 +73,7 @@ std::vector<Mistake> mistakes() {
 std::vector<OpCase> dropout_cases() {
   std::vector<OpCase> cases = {
       row("odd", {2, 3, 17}, 0.25),       row("block", {3, 1041}, 0.5),
-      row("pieces", {3, 17001}, 0.1),     row("nothing_dropped", {5, 4}, 0.0),
+      row("pieces", {16403}, 0.1),        row("nothing_dropped", {5, 4}, 0.0),
       row("nearly_all", {7, 11}, 0.9375), row("no_rows", {0, 8}, 0.5),
   };
   cases[0].mistakes = mistakes();
