@@ -168,14 +168,7 @@ class Run {
     if (fail_now) {
       failing_sweep(rest, wanted, options);
     } else {
-      const std::vector<Tensor> gradients = grad(rest, wanted, options);
-      if (last) {
-        result_.outcome.wanted.clear();
-        for (const Tensor& g : gradients) {
-          result_.outcome.wanted.push_back(read(g));
-        }
-      }
-      count();
+      sweep(rest, wanted, options);
     }
     restore();
   }
@@ -200,6 +193,16 @@ class Run {
     return options;
   }
 
+  void sweep(const std::vector<Variable>& losses, const std::vector<Variable>& wanted,
+             const BackwardOptions& options) {
+    const std::vector<Tensor> gradients = grad(losses, wanted, options);
+    result_.outcome.wanted.clear();
+    for (const Tensor& g : gradients) {
+      result_.outcome.wanted.push_back(read(g));
+    }
+    count();
+  }
+
   void failing_sweep(const std::vector<Variable>& losses, const std::vector<Variable>& wanted,
                      const BackwardOptions& options) {
     std::vector<MaybeNumbers> before;
@@ -221,14 +224,13 @@ class Run {
       };
     }
     try {
-      static_cast<void>(grad(losses, wanted, options));
+      sweep(losses, wanted, options);
     } catch (const InjectedFailure&) {
       result_.failed = true;
     }
     memory_.set_fault(nullptr);
     ToyHook::call = nullptr;
     if (!result_.failed) {
-      count();
       return;
     }
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
