@@ -6,11 +6,13 @@
 
 namespace reprise::testing {
 
+std::vector<OpCase> attention_cases();
+std::vector<OpCase> matmul_cases();
 std::vector<OpCase> norm_cases();
 
 std::vector<OpCase> all_op_cases() {
   std::vector<OpCase> all;
-  for (const auto family : {norm_cases}) {
+  for (const auto family : {attention_cases, matmul_cases, norm_cases}) {
     std::vector<OpCase> cases = family();
     std::ranges::move(cases, std::back_inserter(all));
   }
