@@ -62,7 +62,7 @@ HWY_INLINE void for_vectors(std::int64_t width, F f) {
   for (; i + step <= width; i += step) {
     f(i, std::integral_constant<int, 0>(), Whole());
   }
-  if (i < width) {
+  if (step > 1 && i < width) {
     f(i, std::integral_constant<int, 1>(), First{width - i});
   }
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -30,10 +31,11 @@ struct Argument {
   std::string name;
   Shape shape;
   Fill fill = Fill::normal;  // normal: N(0, 1); positive: U(0.5, 1.5); indices: 0..limit-1
-  std::int64_t limit = 0;    // of indices; may be drawn from {-100} too, see ignore
+  std::int64_t limit = 0;    // of indices
   bool gradient = true;
   bool always_f32 = false;           // else the dtype of the run (indices: i64)
   bool strided = false;              // also run as rows of a wider matrix
+  bool parameter = false;            // a weight: its gradient may be f32 when it is bf16
   std::vector<std::int64_t> values;  // given indices instead of drawn ones
 };
 
@@ -55,9 +57,26 @@ struct OpCase {
   std::vector<Mistake> mistakes;
   bool benchmark = false;  // also a row of bench/kernels (its sizes are then large)
   bool test = true;        // false: only a benchmark
+  bool cuda = false;       // the family has a CUDA side: the row runs there too
 };
 
-// One function a family.
+// How GoogleTest names a case.
+inline void PrintTo(const OpCase& op, std::ostream* out) {
+  *out << op.name;
+}
+
+// Families, one a line, in tests/op_cases.cc.
 std::vector<OpCase> all_op_cases();
+
+// The inputs of a case, the same at every call: drawn from its name, rounded to their dtype. On
+// meta floating inputs have no elements. With `strided` the arguments that say so are rows inside a
+// wider matrix, between NaNs.
+std::vector<Tensor> draw_inputs(const OpCase& op, DType dtype, Device device, bool strided = false);
+
+// Numbers N(0, 1) that `seed` stands for, rounded to `dtype`.
+Tensor draw_normal(std::uint64_t seed, const Shape& shape, DType dtype, Device device);
+
+// All elements of a tensor on any device, of any dtype.
+Array to_array(const Tensor& tensor);
 
 }  // namespace reprise::testing
