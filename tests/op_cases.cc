@@ -6,11 +6,12 @@
 
 namespace reprise::testing {
 
+std::vector<OpCase> losses_cases();
 std::vector<OpCase> norm_cases();
 
 std::vector<OpCase> all_op_cases() {
   std::vector<OpCase> all;
-  for (const auto family : {norm_cases}) {
+  for (const auto family : {losses_cases, norm_cases}) {
     std::vector<OpCase> cases = family();
     std::ranges::move(cases, std::back_inserter(all));
   }

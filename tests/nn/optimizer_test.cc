@@ -298,9 +298,9 @@ TEST(Clip, AgreesWithPyTorch) {
   const std::vector<double> expected = {0.36582639813423157, 0.4877685308456421,
                                         1.4633055925369263};
   for (std::size_t i = 0; i < 3; ++i) {
-    EXPECT_NEAR(p->gradient().data<float>()[i], expected[i], 1e-7);
+    EXPECT_NEAR(p->gradient().data<float>()[i], expected[i], 3e-7);
   }
-  EXPECT_NEAR(q->gradient().data<float>()[0], -0.9755370616912842, 1e-7);
+  EXPECT_NEAR(q->gradient().data<float>()[0], -0.9755370616912842, 3e-7);
   reset();
   EXPECT_NEAR(clip_global_norm(all, 100), 16.401219466856727, 1e-12);
   EXPECT_EQ(p->gradient().to_vector<float>(), (std::vector<float>{3, 4, 12}));
