@@ -20,5 +20,8 @@ void cuda_zero(void* at, Device device, std::size_t bytes);
 void cuda_synchronize(Device device);
 // The cudaStream_t on which this thread's kernels and copies run.
 void* cuda_stream(Device device);
+// Throws Error with the runtime's text, naming the operation, unless `status` (a cudaError_t) is
+// success.
+void cuda_check(const char* operation, int status);
 
 }  // namespace reprise

@@ -28,6 +28,9 @@ void cuda_zero(void*, Device, std::size_t) {
 void* cuda_stream(Device) {
   absent();
 }
+void cuda_check(const char*, int) {
+  absent();
+}
 void cuda_synchronize(Device) {
   absent();
 }

@@ -21,10 +21,10 @@ class Draw {
       program_.trainable.push_back(p == 0 || chance(70));
     }
     program_.micro_batches = chance(35) ? 2 : 1;
-    max_depth_ = below(5);
+    max_depth_ = chance(10) ? 0 : 1 + below(4);
     source(0);
     source(1);
-    body(0, 8 + below(40));
+    body(0, 12 + below(40));
     losses();
     return std::move(program_);
   }
@@ -40,7 +40,15 @@ class Draw {
     return program_.text.emplace_back(instruction);
   }
   int slot() { return below(Program::kSlots); }
+  // Mostly one of the newest values, so that most of what is computed leads to the losses.
   int full_slot() {
+    const auto newest = static_cast<int>(written_.size());
+    for (int tries = 0; newest > 0 && tries < 3 && chance(75); ++tries) {
+      if (const int s = written_[static_cast<std::size_t>(newest - 1 - below(std::min(newest, 3)))];
+          full(s)) {
+        return s;
+      }
+    }
     for (;;) {
       if (const int s = slot(); full(s)) {
         return s;
@@ -55,9 +63,9 @@ class Draw {
 
   void source(int d) {
     const int kind = below(10);
-    const Act act = kind < 2   ? Act::constant
-                    : kind < 3 ? Act::shared
-                    : kind < 4 ? Act::leaf
+    const Act act = kind < 1   ? Act::constant
+                    : kind < 2 ? Act::shared
+                    : kind < 3 ? Act::leaf
                                : Act::parameter;
     emit({.act = act, .d = d, .b = below(act == Act::shared ? 2 : Program::kParameters)});
     set(d, Program::kLength, 1);
@@ -104,12 +112,15 @@ class Draw {
       return source(slot());
     }
     int a = full_slot(), b = full_slot();
-    const int d = slot();
+    int d = slot();
+    for (int tries = 0; full(d) && tries < 3; ++tries) {
+      d = slot();
+    }
     const int kind = below(100);
-    if (kind < 16) {
+    if (kind < 8) {
       return source(d);
     }
-    if (kind < 32) {
+    if (kind < 28) {
       fit(a, b);
       const double sum = size(a) + size(b);
       const int l = length(a);
@@ -195,7 +206,7 @@ class Draw {
 
   void body(int depth, int steps) {
     for (int i = 0; i < steps && static_cast<int>(program_.text.size()) < 90; ++i) {
-      if (depth < max_depth_ && chance(18)) {
+      if (depth < max_depth_ && chance(22)) {
         segment(depth, 2 + below(12));
       } else {
         operation();
@@ -217,9 +228,13 @@ class Draw {
     } else if (escaping_ == 0) {
       // Locals die; a few values leave, often none that matters (a dead branch).
       const int leave = 1 + below(2);
-      std::ranges::shuffle(written_, random_);
-      for (std::size_t i = static_cast<std::size_t>(leave); i < written_.size(); ++i) {
-        if (full(written_[i]) && chance(85)) {
+      if (chance(30)) {
+        std::ranges::shuffle(written_, random_);
+      }
+      std::vector<int> left(written_.end() - std::min<std::ptrdiff_t>(leave, std::ssize(written_)),
+                            written_.end());
+      for (std::size_t i = 0; i < written_.size(); ++i) {
+        if (full(written_[i]) && std::ranges::count(left, written_[i]) == 0 && chance(90)) {
           emit({.act = Act::drop, .a = written_[i]});
           length(written_[i]) = 0;
         }
@@ -227,7 +242,7 @@ class Draw {
     }
     emit({.act = Act::close});
     no_gradient_ = no_gradient_before;
-    written_.insert(written_.end(), written_before.begin(), written_before.end());
+    written_.insert(written_.begin(), written_before.begin(), written_before.end());
     escaping_ = std::max(0, escaping_ - 1);
   }
 
@@ -281,15 +296,16 @@ class Draw {
   bool no_gradient_ = false;
 };
 
-constexpr const char* kActs[] = {"constant", "shared", "leaf",   "parameter", "add",   "mul",
+constexpr const char* kActs[] = {"constant", "shared", "leaf",   "parameter", "add",     "mul",
                                  "mul_add",  "tanh",   "square", "scale",     "dropout", "keep",
-                                 "split",    "slice",  "detach", "copy",      "drop",  "name",
+                                 "split",    "slice",  "detach", "copy",      "drop",    "name",
                                  "open",     "close",  "escape", "loss",      "want"};
 
 }  // namespace
 
 float Program::number(int micro_batch, std::int64_t n, std::int64_t i) const {
-  const auto word = philox(seed, static_cast<std::uint64_t>((micro_batch + 1) * 100000 + n * 16 + i));
+  const auto word =
+      philox(seed, static_cast<std::uint64_t>((micro_batch + 1) * 100000 + n * 16 + i));
   return 2 * uniform(word[0]) - 1;
 }
 
@@ -298,9 +314,9 @@ Program draw_program(std::uint64_t seed) {
 }
 
 std::string to_string(const Program& program) {
-  std::string text = fmt::format("program {}: {} micro-batches, {} losses ({} first, with keep)\n",
-                                 program.seed, program.micro_batches, program.losses,
-                                 program.first_losses);
+  std::string text =
+      fmt::format("program {}: {} micro-batches, {} losses ({} first, with keep)\n", program.seed,
+                  program.micro_batches, program.losses, program.first_losses);
   for (std::size_t p = 0; p < program.trainable.size(); ++p) {
     text += fmt::format("  parameter {} {}\n", p, program.trainable[p] ? "trainable" : "frozen");
   }

@@ -27,25 +27,25 @@ enum class Act : std::uint8_t {
   square,
   scale,
   dropout,
-  keep,      // must_keep
-  split,     // d, c = a^2, 3a
-  slice,     // d = the first or second half of a: a view
-  detach,    // d = detach(a)
-  copy,      // d = another handle on a
-  drop,      // a = nothing
-  name,      // names a
-  open,      // a segment begins, its name is s<b>
-  close,     // it ends
-  escape,    // an exception leaves the b innermost segments; their closes follow
-  loss,      // another loss: the sum of a (b: computed in a segment of its own)
-  want,      // the gradient of a is asked for
+  keep,    // must_keep
+  split,   // d, c = a^2, 3a
+  slice,   // d = the first or second half of a: a view
+  detach,  // d = detach(a)
+  copy,    // d = another handle on a
+  drop,    // a = nothing
+  name,    // names a
+  open,    // a segment begins, its name is s<b>
+  close,   // it ends
+  escape,  // an exception leaves the b innermost segments; their closes follow
+  loss,    // another loss: the sum of a (b: computed in a segment of its own)
+  want,    // the gradient of a is asked for
 };
 
 struct Instruction {
   Act act;
   int d = 0, a = 0, b = 0, c = 0;
   float factor = 1;
-  unsigned moved = 0;       // bit 0: a is moved into the op, bit 1: b, bit 2: c
+  unsigned moved = 0;  // bit 0: a is moved into the op, bit 1: b, bit 2: c
   bool no_gradient = false;
 };
 
