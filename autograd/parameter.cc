@@ -72,6 +72,14 @@ void Parameter::bind_gradient(Tensor storage) {
   bound_ = true;
 }
 
+void Parameter::set_gradient_present() {
+  if (!bound_ || stale_) {
+    fail("set_gradient_present", "{} {}", name_,
+         stale_ ? "is stale after a failed backward: zero it first" : "has no bound storage");
+  }
+  has_gradient_ = true;
+}
+
 Tensor Parameter::Sweep::fresh(const Parameter& p) {
   return p.bound_
              ? p.gradient_

@@ -40,6 +40,10 @@ class SweepBackward final : public Backward {
     results_.resize(inputs.size());
   }
 
+  Cost cost() const {
+    return record_.op->backward_cost(Call(inputs_, outputs_), record_.gradients);
+  }
+
   Target into(std::size_t i, int reuse) override {
     Result& result = claim(i);
     Value& value = *tape_.inputs(record_)[i];
@@ -185,18 +189,18 @@ class Sweep {
     tape_.sweeping = true;
     try {
       take_over_forward_needs();
-      seed(parameters);
       parameters.start();
+      seed(parameters);
       for (Parameter* p : plan_.never_read) {
         options_.on_last_read(*p);
       }
       for (auto r = static_cast<std::int32_t>(tape_.records().size()) - 1; r >= 0; --r) {
         step(r, parameters);
       }
-      parameters.finish();
       std::vector<Tensor> result = collect();
-      tape_.sweeping = false;
       check_drained();
+      parameters.finish();
+      tape_.sweeping = false;
       if (!options_.keep) {
         tape_.reset();
       }
@@ -299,10 +303,9 @@ class Sweep {
       }
     }
     run.load(ones_);
+    tape_.report.backward_flops += run.cost().flops;
     record.op->backward(run);
     run.commit();
-    tape_.report.backward_flops +=
-        record.op->backward_cost(tape_.call(record, layouts_), record.gradients).flops;
   }
 
   std::vector<Tensor> collect() {
@@ -323,7 +326,8 @@ class Sweep {
     std::size_t i = 0;
     for (Value* v : tape_.values()) {
       v->gradient = Tensor();
-      const std::int32_t before = options_.keep ? needs_before_[i] : 0;
+      // Leaves that a callback has made come after those that were counted.
+      const std::int32_t before = options_.keep && i < needs_before_.size() ? needs_before_[i] : 0;
       ++i;
       ensure(v->need == before && v->pend == 0,
              "after the sweep a value of shape {} has {} uses and {} reads, expected {} and 0",
@@ -342,7 +346,6 @@ class Sweep {
   std::vector<std::int32_t> needs_before_;
   std::vector<Value*> ones_;
   std::vector<std::pair<Value*, Tensor>> captured_;
-  std::vector<Tensor> layouts_;
 };
 
 }  // namespace

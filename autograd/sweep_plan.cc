@@ -76,12 +76,13 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
 
 void SweepPlan::find_live(std::span<const Variable> losses) {
   const std::uint32_t reached = tape_.next_epoch();
-  for (const Variable& loss : losses) {
-    loss.value()->reached = reached;
-    if (Parameter* p = loss.value()->parameter) {
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    losses[i].value()->reached = reached;
+    if (Parameter* p = losses[i].value()->parameter) {
       Reader& reader = readers[p];
       ++reader.expected;
       reader.ready_at = static_cast<std::int32_t>(tape_.records().size());
+      reader.slot = i;
     }
   }
   for (auto r = static_cast<std::int32_t>(live.size()) - 1; r >= 0; --r) {
@@ -100,9 +101,11 @@ void SweepPlan::find_live(std::span<const Variable> losses) {
       inputs[i]->reached = reached;
       if (Parameter* p = inputs[i]->parameter) {
         Reader& reader = readers[p];
+        if (reader.expected == 0 || reader.ready_at != r) {
+          reader.slot = i;  // the highest: contributions come in the order of the inputs
+        }
         ++reader.expected;
         reader.ready_at = r;
-        reader.slot = i;
       }
     }
   }

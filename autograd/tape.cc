@@ -87,6 +87,9 @@ void Tape::check_finite(bool on) {
   state_->check_finite = on;
 }
 void Tape::reset() {
+  if (state_->sweeping) {
+    fail("reset", "a sweep of this tape is under way");
+  }
   state_->reset();
 }
 const TapeReport& Tape::report() const {
@@ -144,10 +147,12 @@ void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
     if (value == nullptr) {
       continue;
     }
-    if (value->stale) {
+    // A view of what a tape has truncated has no history of its own, but its root may.
+    if (value->stale || value->root->stale) {
       fail(op.name(), "input {} is of a tape that was reset (after backward): detach it", i);
     }
-    if (value->tape != nullptr && value->tape != this) {
+    const TapeState* home = value->tape != nullptr ? value->tape : value->root->tape;
+    if (home != nullptr && home != this) {
       fail(op.name(), "input {} is on another tape than the current one: detach it", i);
     }
   }
@@ -158,6 +163,7 @@ void TapeState::bind(std::span<Variable> inputs) {
   auto bind = [this](Value* value) {
     if (value->tape == nullptr) {
       value->tape = this;
+      value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
       retain(value);
       values_.push_back(value);
     }
@@ -207,6 +213,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   if (sweeping) {
     fail(op->name(), "an op cannot run during a sweep (from a callback of backward)");
   }
+  begin_report();
   ensure(inputs.size() <= kMaxArity && op->outputs() <= kMaxArity, "{} has more than {} values",
          op->name(), kMaxArity);
   check_inputs(*op, inputs);
@@ -350,12 +357,14 @@ void TapeState::reset() {
   leaves_.clear();
   open_ = -1;
   epoch_ = 0;
+  report_ended_ = true;
 }
 
 void TapeState::open(std::string_view name, const Policy& policy) {
   if (sweeping) {
     fail("checkpoint", "segment {} cannot be opened during a sweep", name);
   }
+  begin_report();
   Segment segment;
   segment.name = name;
   segment.policy = policy;

@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "autograd/op.h"
@@ -96,6 +97,12 @@ class TapeState {
   bool check_finite = false;
 
  private:
+  // A report stays readable after a reset, until the tape is used again.
+  void begin_report() {
+    if (records_.empty() && segments_.empty() && std::exchange(report_ended_, false)) {
+      report = {};
+    }
+  }
   void check_inputs(const Op& op, std::span<Variable> inputs);
   void bind(std::span<Variable> inputs);
   Variable unrecorded_view(const Op& op, Value* source);
@@ -114,6 +121,7 @@ class TapeState {
   std::unordered_map<const Parameter*, Value*> leaves_;
   std::int32_t open_ = -1;  // innermost open segment
   std::uint32_t epoch_ = 0;
+  bool report_ended_ = false;
 };
 
 }  // namespace reprise

@@ -46,6 +46,9 @@ Variable::Variable(const Parameter& parameter) {
 }
 
 Variable Variable::leaf(Tensor value) {
+  if (!value.defined()) {
+    fail("leaf", "the tensor is undefined");
+  }
   Variable variable(std::move(value));
   variable.value_->needs_gradient = true;
   return variable;

@@ -1,7 +1,7 @@
-# One static library a layer; each sees only the one to its left.
+# One static library a layer; each sees only those to its left.
 set(REPRISE_LAYERS core kernels autograd nn distributed train)
 
-# Sources of a layer without the program's main and the side of core that was not chosen.
+# Sources of a layer, without the program's main and the side of the cuda device not chosen.
 function(reprise_sources layer result)
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/${layer}/*.cc)
   list(FILTER sources EXCLUDE REGEX "/train/main\\.cc$")
@@ -12,12 +12,6 @@ function(reprise_sources layer result)
   else()
     list(FILTER sources EXCLUDE REGEX "/cuda_device\\.cc$")
   endif()
-  if(NOT REPRISE_HAS_MPI)
-    list(FILTER sources EXCLUDE REGEX "/comm_mpi\\.cc$")
-  endif()
-  if(NOT REPRISE_HAS_ONEDNN)
-    list(FILTER sources EXCLUDE REGEX "/matmul_cpu\\.cc$")
-  endif()
   set(${result} ${sources} PARENT_SCOPE)
 endfunction()
 
@@ -25,40 +19,55 @@ set(left "")
 foreach(layer ${REPRISE_LAYERS})
   reprise_sources(${layer} sources)
   if(NOT sources)
-    file(WRITE ${PROJECT_BINARY_DIR}/empty.cc "")
+    file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/empty.cc CONTENT "")
     set(sources ${PROJECT_BINARY_DIR}/empty.cc)
   endif()
   add_library(reprise_${layer} STATIC ${sources})
   add_library(Reprise::${layer} ALIAS reprise_${layer})
+  # Installed, both <reprise/core/tensor.h> and "core/tensor.h" are found; so they are here.
   target_include_directories(reprise_${layer} PUBLIC
-    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}> $<INSTALL_INTERFACE:include/reprise>)
+    $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>
+    $<INSTALL_INTERFACE:include> $<INSTALL_INTERFACE:include/reprise>)
+  target_compile_features(reprise_${layer} PUBLIC cxx_std_20)
   target_link_libraries(reprise_${layer} PUBLIC ${left} PRIVATE $<BUILD_INTERFACE:reprise_flags>)
   set(left reprise_${layer})
 endforeach()
 
+# Everything, for users: Reprise::reprise.
+add_library(reprise_all INTERFACE)
+add_library(Reprise::reprise ALIAS reprise_all)
+target_link_libraries(reprise_all INTERFACE reprise_train)
+set(prefixed ${PROJECT_BINARY_DIR}/include/reprise)
+file(MAKE_DIRECTORY ${prefixed})
+foreach(layer ${REPRISE_LAYERS})
+  file(CREATE_LINK ${PROJECT_SOURCE_DIR}/${layer} ${prefixed}/${layer} SYMBOLIC)
+endforeach()
+target_include_directories(reprise_all INTERFACE $<BUILD_INTERFACE:${PROJECT_BINARY_DIR}/include>)
+
 target_link_libraries(reprise_core PUBLIC fmt::fmt OpenMP::OpenMP_CXX Threads::Threads)
-target_link_libraries(reprise_kernels PRIVATE ${REPRISE_HWY} Eigen3::Eigen)
+target_link_libraries(reprise_kernels PRIVATE reprise_vendor::hwy Eigen3::Eigen)
 if(REPRISE_HAS_ONEDNN)
-  target_link_libraries(reprise_kernels PRIVATE ${REPRISE_DNNL})
-  target_compile_definitions(reprise_kernels PUBLIC REPRISE_HAS_ONEDNN=1)
+  target_link_libraries(reprise_kernels PRIVATE reprise_vendor::dnnl)
+  target_compile_definitions(reprise_kernels PRIVATE REPRISE_HAS_ONEDNN=1)
 endif()
 target_link_libraries(reprise_nn PUBLIC absl::status absl::statusor nlohmann_json::nlohmann_json)
 if(REPRISE_HAS_MPI)
-  target_link_libraries(reprise_distributed PRIVATE MPI::MPI_C)
-  target_compile_definitions(reprise_distributed PRIVATE REPRISE_HAS_MPI=1)
+  target_link_libraries(reprise_distributed PRIVATE MPI::MPI_CXX)
+  target_compile_definitions(reprise_distributed PRIVATE
+    REPRISE_HAS_MPI=1 OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX REPRISE_MPIEXEC="${MPIEXEC_EXECUTABLE}")
 endif()
-target_link_libraries(reprise_train PUBLIC CLI11::CLI11 PRIVATE ${REPRISE_XXHASH})
-target_include_directories(reprise_train SYSTEM PRIVATE ${REPRISE_XXHASH_INCLUDE} ${REPRISE_UTF8_INCLUDE})
+target_link_libraries(reprise_train PUBLIC CLI11::CLI11 PRIVATE reprise_vendor::xxhash reprise_vendor::utf8)
+
+# A family calls its CUDA side where it has one.
+file(GLOB REPRISE_CUDA_FAMILIES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/kernels/*.cu)
+list(TRANSFORM REPRISE_CUDA_FAMILIES REPLACE "\\.cu$" ".cc" OUTPUT_VARIABLE REPRISE_CUDA_CALLERS)
 if(REPRISE_CUDA)
-  target_link_libraries(reprise_core PUBLIC CUDA::cudart)
-  target_compile_options(reprise_kernels PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings --expt-relaxed-constexpr -Xcompiler=-Wall>)
-  # A family calls its CUDA side where it has one.
-  file(GLOB cuda_families CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/kernels ${PROJECT_SOURCE_DIR}/kernels/*.cu)
-  foreach(source ${cuda_families})
-    string(REPLACE ".cu" ".cc" family ${source})
-    set_source_files_properties(kernels/${family} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
+  # Private: no layer above kernels sees a CUDA header.
+  foreach(layer core kernels)
+    target_link_libraries(reprise_${layer} PRIVATE CUDA::cudart_static)
   endforeach()
+  target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+  set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()
 
 add_executable(reprise train/main.cc)

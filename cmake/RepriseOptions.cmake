@@ -7,7 +7,8 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
 endif()
-set(CMAKE_CXX_FLAGS_RELEASE "-O2")
+# The tape's checks of itself are no asserts: they hold in Release too.
+set(CMAKE_CXX_FLAGS_RELEASE "-O2 -DNDEBUG")
 
 find_program(REPRISE_CCACHE ccache)
 if(REPRISE_CCACHE)
@@ -23,9 +24,13 @@ add_library(reprise_flags INTERFACE)
 target_compile_options(reprise_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow=local -ffp-contract=off>)
 if(REPRISE_WERROR)
-  target_compile_options(reprise_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+  target_compile_options(reprise_flags INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
 if(REPRISE_SANITIZE)
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${REPRISE_SANITIZE}> -fno-omit-frame-pointer -g)
+  set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1")
+  # The one list, so that tests/simt can leave it out where it brings its own instrumentation.
+  set(REPRISE_SANITIZE_OPTIONS -fsanitize=${REPRISE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_compile_options(reprise_flags INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${REPRISE_SANITIZE_OPTIONS}>")
   add_link_options(-fsanitize=${REPRISE_SANITIZE})
 endif()

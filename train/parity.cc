@@ -15,7 +15,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "nn/lora.h"
-#include "nn/optimizer.h"
+#include "nn/optimizer/adamw.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
@@ -207,15 +207,14 @@ void add_gradients(const Subject& subject, Values& values) {
 }
 
 std::vector<float> step_losses(Subject& subject, const Case& parity, const std::string& policy) {
-  std::vector<Parameter*> parameters = subject.model->trainable_parameters();
   const Optimizer& o = *parity.optimizer;
   nn::AdamW optimizer(
-      parameters,
-      {.rate = o.rate, .beta1 = o.beta1, .beta2 = o.beta2, .epsilon = o.epsilon, .decay = o.decay});
+      subject.model->trainable_parameters(),
+      {.beta1 = o.beta1, .beta2 = o.beta2, .epsilon = o.epsilon, .weight_decay = o.decay});
   std::vector<float> losses;
   for (std::int64_t step = 0; step < parity.steps; ++step) {
     losses.push_back(forward_backward(subject, parity.batch, policy).item<float>());
-    optimizer.step();
+    optimizer.step(o.rate);
   }
   return losses;
 }

@@ -43,10 +43,10 @@ double Trainer::forward_backward(const nn::Batch& batch) {
 
 double Trainer::step(const nn::Batch& batch, double learning_rate) {
   const double loss = forward_backward(batch);
-  if (options_.max_norm > 0) {
-    nn::clip_global_norm(parameters_, options_.max_norm);
-  }
-  optimizer_.step(learning_rate);
+  const bool clips = options_.max_norm > 0 && !parameters_.front()->value().is_meta();
+  const double scale =
+      clips ? nn::clip_coefficient(nn::global_norm(parameters_), options_.max_norm) : 1.0;
+  optimizer_.step(learning_rate, scale);
   ++steps_;
   return loss;
 }

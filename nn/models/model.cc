@@ -156,6 +156,9 @@ Variable Model::loss(const Batch& batch, const LossOptions& options) {
   if (!batch.labels.defined()) {
     fail("loss", "the batch has no labels");
   }
+  if (options.items && !(*options.items > 0)) {
+    fail("loss", "items must be above 0, got {}", *options.items);
+  }
   Variable x = hidden(batch);                                     // [B, T, C]
   const std::int64_t rows = x.size(0) * x.size(1);
   const Tensor targets = shifted(batch);                          // [B T]

@@ -42,7 +42,7 @@ class WeightFolder {
 };
 
 struct LoadOptions {
-  Place place;  // the parameters get this type whatever the file holds
+  Place place{};  // the parameters get this type whatever the file holds
   // Parameters of the file's own type stay in the mapped file (on cpu): nothing is read before it is
   // used, and the allocator does not count them. Writing to them does not change the file.
   bool map = false;

@@ -102,6 +102,35 @@ class Mul final : public Toy {
   }
 };
 
+class MulAdd final : public Toy {
+ public:
+  std::string_view name() const override { return "toy_mul_add"; }
+  Saved saved(Mask gradients) const override {
+    return {((gradients & 1u) != 0 ? 2u : 0u) | ((gradients & 2u) != 0 ? 1u : 0u), 0};
+  }
+
+ protected:
+  void compute(Forward& run) const override {
+    const float* a = elements(run.input(0));
+    const float* b = elements(run.input(1));
+    const float* c = elements(run.input(2));
+    fill(run.output(0, run.input(0).shape(), DType::f32, 2),
+         [&](auto i) { return a[i] * b[i] + c[i]; });
+  }
+  void derive(Backward& run) const override {
+    const float* dy = elements(run.gradient(0));
+    for (std::size_t i = 0; i < 2; ++i) {
+      if (run.wants(i)) {
+        const float* other = elements(run.input(1 - i));
+        write(run.into(i), [&](auto k) { return dy[k] * other[k]; });
+      }
+    }
+    if (run.wants(2)) {
+      run.give(2, run.gradient(0));
+    }
+  }
+};
+
 class Tanh final : public Toy {
  public:
   std::string_view name() const override { return "toy_tanh"; }
@@ -267,6 +296,9 @@ Variable toy_add(Variable a, Variable b) {
 }
 Variable toy_mul(Variable a, Variable b) {
   return apply(std::make_unique<Mul>(), {std::move(a), std::move(b)});
+}
+Variable toy_mul_add(Variable a, Variable b, Variable c) {
+  return apply(std::make_unique<MulAdd>(), {std::move(a), std::move(b), std::move(c)});
 }
 Variable toy_tanh(Variable x) {
   return apply(std::make_unique<Tanh>(), {std::move(x)});

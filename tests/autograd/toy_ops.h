@@ -23,6 +23,8 @@ Variable toy_tanh(Variable x);                 // saves its output
 Variable toy_square(Variable x);               // x * x: saves its input
 Variable toy_scale(Variable x, float factor);  // may work in place
 Variable toy_dropout(Variable x, float p, Generator& generator);
+// a * b + c: three inputs, all saved but c; the same value may stand at several
+Variable toy_mul_add(Variable a, Variable b, Variable c);
 Variable toy_keep(Variable x);                        // 2x, declared must_keep
 std::pair<Variable, Variable> toy_split(Variable x);  // x^2 and 3x; gradients may be missing
 Variable toy_sum(Variable x);                         // to a scalar

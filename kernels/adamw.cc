@@ -1,0 +1,118 @@
+#include "kernels/adamw.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "core/parallel.h"
+#include "kernels/adamw_cpu.h"
+#include "kernels/dispatch.h"
+
+namespace reprise::kernels {
+namespace {
+
+constexpr std::int64_t kChunkElements = 32768;
+
+void check_settings(const AdamWSettings& s) {
+  const auto expect = [](bool holds, const char* argument, const char* range, double value) {
+    if (!holds || !std::isfinite(value)) {
+      fail("adamw", "{} must be {}, got {}", argument, range, value);
+    }
+  };
+  expect(s.learning_rate >= 0, "learning_rate", "0 or more", s.learning_rate);
+  expect(s.beta1 >= 0 && s.beta1 < 1, "beta1", "in [0, 1)", s.beta1);
+  expect(s.beta2 >= 0 && s.beta2 < 1, "beta2", "in [0, 1)", s.beta2);
+  expect(s.epsilon >= 0, "epsilon", "0 or more", s.epsilon);
+}
+
+void check_tensor(std::size_t place, const AdamWTensor& t, Device device) {
+  const auto check = [&](const char* role, const Tensor& tensor, bool f32_only) {
+    const std::string argument = fmt::format("{} {}", role, place);
+    if (f32_only) {
+      expect_dtype("adamw", argument, tensor, DType::f32);
+    } else if (tensor.dtype() != DType::f32 && tensor.dtype() != DType::bf16) {
+      fail("adamw", "{} must be f32 or bf16, got {}", argument, name(tensor.dtype()));
+    }
+    expect_shape("adamw", argument, tensor, t.value.shape(), "the shape of the value");
+    expect_device("adamw", argument, tensor, device);
+    expect_contiguous("adamw", argument, tensor);
+  };
+  check("value", t.value, false);
+  check("gradient", t.gradient, false);
+  check("m", t.m, false);
+  check("v", t.v, false);
+  if (t.m.dtype() != t.v.dtype()) {
+    fail("adamw", "v {} must be {} as m, got {}", place, name(t.m.dtype()), name(t.v.dtype()));
+  }
+  if (t.master.defined()) {
+    check("master", t.master, true);
+  }
+  if (t.step < 1) {
+    fail("adamw", "step {} must be 1 or more, got {}", place, t.step);
+  }
+  if (!(t.decay >= 0) || std::isinf(t.decay)) {
+    fail("adamw", "decay {} must be 0 or more, got {}", place, t.decay);
+  }
+}
+
+cpu::AdamWScalars scalars_of(const AdamWTensor& t, const AdamWSettings& s) {
+  const auto step = static_cast<double>(t.step);
+  const double correction1 = 1 - std::pow(s.beta1, step);
+  const double correction2 = 1 - std::pow(s.beta2, step);
+  return {static_cast<float>(s.gradient_scale),
+          static_cast<float>(1 - s.learning_rate * t.decay),
+          static_cast<float>(1 - s.beta1),
+          static_cast<float>(s.beta2),
+          static_cast<float>(1 - s.beta2),
+          static_cast<float>(-s.learning_rate / correction1),
+          static_cast<float>(std::sqrt(correction2)),
+          static_cast<float>(s.epsilon)};
+}
+
+}  // namespace
+
+void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) {
+  check_settings(settings);
+  if (tensors.empty()) {
+    return;
+  }
+  const Device device = tensors[0].value.device();
+  std::vector<std::int64_t> firsts{0};  // the first chunk of each tensor
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    check_tensor(i, tensors[i], device);
+    firsts.push_back(firsts.back() +
+                     (tensors[i].value.numel() + kChunkElements - 1) / kChunkElements);
+  }
+  if (device.kind == DeviceKind::meta) {
+    return;
+  }
+  if (device.kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("adamw", cuda::adamw(tensors, settings));
+  }
+  std::vector<cpu::AdamWRun> runs(tensors.size());
+  std::vector<cpu::AdamWScalars> scalars(tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const AdamWTensor& t = tensors[i];
+    if (t.value.numel() > 0) {
+      runs[i] = {t.value.raw(),
+                 t.gradient.raw(),
+                 t.m.raw(),
+                 t.v.raw(),
+                 t.master.defined() ? t.master.data<float>() : nullptr,
+                 t.value.dtype(),
+                 t.gradient.dtype(),
+                 t.m.dtype()};
+      scalars[i] = scalars_of(t, settings);
+    }
+  }
+  parallel_for(firsts.back(), 1, [&](std::int64_t chunk, std::int64_t) {
+    const auto next = std::upper_bound(firsts.begin(), firsts.end(), chunk);
+    const auto i = static_cast<std::size_t>(next - firsts.begin() - 1);
+    const std::int64_t begin = (chunk - firsts[i]) * kChunkElements;
+    cpu::adamw_run(runs[i], scalars[i], begin,
+                   std::min(tensors[i].value.numel(), begin + kChunkElements));
+  });
+}
+
+}  // namespace reprise::kernels

@@ -1,0 +1,43 @@
+// One step of AdamW over many tensors at once.
+//
+//   g = gradient_scale * gradient
+//   p = p * (1 - lr * decay)
+//   m = m + (1 - b1) (g - m)
+//   v = b2 v + (1 - b2) g^2
+//   p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon)
+//
+// Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019; order of operations
+// and the scalars in double as in PyTorch's torch.optim.AdamW. All in f32, rounded once when stored
+// (PyTorch rounds bf16 states after every operation). With a master, p is the master and the value
+// is p rounded to its dtype; without, p is the value. Shapes: value, gradient, m, v and master of
+// one tensor have one shape, contiguous. Dtypes: value and gradient f32 or bf16, each on its own; m
+// and v both f32 or both bf16; master f32 or absent. Aliasing: none. The tensors are cut into
+// chunks of fixed size together; every element is computed on its own, so nothing depends on
+// threads. Errors: shapes, dtypes, devices or strides other than these, named by the place in the
+// list; a step below 1; settings that are not finite, negative, or betas not in [0, 1).
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/tensor.h"
+
+namespace reprise::kernels {
+
+struct AdamWTensor {
+  Tensor value, gradient, m, v;
+  Tensor master;  // may be undefined
+  double decay = 0;
+  std::int64_t step = 1;  // t, from 1
+};
+
+struct AdamWSettings {
+  double learning_rate = 1e-3;
+  double beta1 = 0.9, beta2 = 0.999;
+  double epsilon = 1e-8;
+  double gradient_scale = 1;
+};
+
+void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings);
+
+}  // namespace reprise::kernels

@@ -1,0 +1,270 @@
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/parallel.h"
+#include "kernels/attention_sides.h"
+#include "kernels/dispatch.h"
+
+namespace reprise::kernels {
+namespace {
+
+struct Sizes {
+  std::int64_t B, T, H, S, K, D;
+};
+
+void expect_heads(std::string_view op, std::string_view argument, const Tensor& tensor,
+                  const Tensor& q) {
+  if (tensor.rank() != 4) {
+    fail(op, "{} must have four dimensions [B, T, H, D], got {}", argument,
+         to_string(tensor.shape()));
+  }
+  expect_dtype(op, argument, tensor, q.dtype());
+  expect_device(op, argument, tensor, q.device());
+  if (tensor.size(3) > 1 && tensor.strides()[3] != 1 && tensor.numel() > 0) {
+    fail(op, "{} must have unit inner stride, got {}: call contiguous()", argument,
+         tensor.strides()[3]);
+  }
+}
+
+Sizes expect_qkv(std::string_view op, const AttentionInputs& in) {
+  const Tensor& q = in.q;
+  if (q.dtype() != DType::f32 && q.dtype() != DType::bf16) {
+    fail(op, "q must be f32 or bf16, got {}", name(q.dtype()));
+  }
+  expect_heads(op, "q", q, q);
+  expect_heads(op, "k", in.k, q);
+  expect_heads(op, "v", in.v, q);
+  const Sizes s{q.size(0), q.size(1), q.size(2), in.k.size(1), in.k.size(2), q.size(3)};
+  expect_shape(op, "k", in.k, Shape{s.B, s.S, s.K, s.D}, "[B, S, K, D]");
+  expect_shape(op, "v", in.v, Shape{s.B, s.S, s.K, s.D}, "[B, S, K, D]");
+  if (s.D == 0) {
+    fail(op, "heads must have a size, got D = 0");
+  }
+  if (s.K == 0 ? s.H != 0 : s.H % s.K != 0) {
+    fail(op, "H must be a multiple of K, got H = {} and K = {}", s.H, s.K);
+  }
+  return s;
+}
+
+void expect_documents_ascend(std::string_view op, const Tensor& documents) {
+  const auto* const number = documents.data<std::int64_t>();
+  const std::int64_t T = documents.size(1);
+  for (std::int64_t at = 0; at < documents.numel(); ++at) {
+    if (at % T != 0 && number[at] < number[at - 1]) {
+      fail(op, "documents must not decrease along T, got {} after {} at [{}, {}]", number[at],
+           number[at - 1], at / T, at % T);
+    }
+  }
+}
+
+void expect_visibility(std::string_view op, const AttentionInputs& in, const Sizes& s,
+                       const AttentionOptions& options) {
+  if (options.window < 0) {
+    fail(op, "window must not be negative, got {}", options.window);
+  }
+  if (options.window > 0 && !options.causal) {
+    fail(op, "window must be 0 without causal, got {}", options.window);
+  }
+  if (!(options.dropout >= 0 && options.dropout < 1)) {
+    fail(op, "dropout must be in [0, 1), got {}", options.dropout);
+  }
+  if (in.mask.defined()) {
+    expect_dtype(op, "mask", in.mask, DType::i64);
+    expect_shape(op, "mask", in.mask, Shape{s.B, s.S}, "[B, S]");
+    expect_contiguous(op, "mask", in.mask);
+    expect_device(op, "mask", in.mask, in.q.device());
+  }
+  if (in.documents.defined()) {
+    expect_dtype(op, "documents", in.documents, DType::i64);
+    expect_shape(op, "documents", in.documents, Shape{s.B, s.T}, "[B, T]");
+    expect_contiguous(op, "documents", in.documents);
+    expect_device(op, "documents", in.documents, in.q.device());
+    if (s.T != s.S) {
+      fail(op, "documents need as many keys as queries, got T = {} and S = {}", s.T, s.S);
+    }
+    if (in.q.device().kind != DeviceKind::cuda) {
+      expect_documents_ascend(op, in.documents);
+    }
+  }
+}
+
+void expect_result(std::string_view op, std::string_view argument, const Tensor& tensor,
+                   const Shape& shape, std::string_view letters, DType dtype, Device device) {
+  expect_dtype(op, argument, tensor, dtype);
+  expect_shape(op, argument, tensor, shape, letters);
+  expect_contiguous(op, argument, tensor);
+  expect_device(op, argument, tensor, device);
+}
+
+Sizes checked(std::string_view op, const AttentionInputs& in, const Tensor& out,
+              const Tensor& log_sum_exp, const AttentionOptions& options) {
+  const Sizes s = expect_qkv(op, in);
+  expect_visibility(op, in, s, options);
+  const Device device = in.q.device();
+  expect_result(op, "out", out, Shape{s.B, s.T, s.H, s.D}, "[B, T, H, D]", in.q.dtype(), device);
+  expect_result(op, "log_sum_exp", log_sum_exp, Shape{s.B, s.H, s.T}, "[B, H, T]", DType::f32,
+                device);
+  return s;
+}
+
+// Bounds of documents [B, 2, T]; undefined without documents.
+Tensor bounds_of(const AttentionInputs& in, const Sizes& s) {
+  if (!in.documents.defined()) {
+    return {};
+  }
+  const Tensor bounds = Tensor::empty(Shape{s.B, 2, s.T}, DType::i64, in.q.device(),
+                                      MemoryKind::workspace);
+  cpu::document_bounds(in.documents.data<std::int64_t>(), s.B, s.T, bounds.data<std::int64_t>());
+  return bounds;
+}
+
+cpu::Heads heads(const Tensor& tensor) {
+  if (!tensor.defined()) {
+    return {};
+  }
+  const auto element = static_cast<std::int64_t>(size_bytes(tensor.dtype()));
+  const auto& strides = tensor.strides();
+  return {static_cast<char*>(tensor.raw()), strides[0] * element, strides[1] * element,
+          strides[2] * element};
+}
+
+cpu::AttentionPlan plan_of(const AttentionInputs& in, const Sizes& s,
+                           const AttentionOptions& options, bool backward) {
+  const bool whole = !options.causal && !in.documents.defined();
+  return {s.T, s.S, s.D, in.q.dtype(), options, whole, backward};
+}
+
+Tensor workspace_of(const cpu::AttentionPlan& plan, std::int64_t slots, Device device) {
+  return Tensor::empty(Shape{slots * plan.slot_bytes() / 4}, DType::f32, device,
+                       MemoryKind::workspace);
+}
+
+cpu::AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& bounds,
+                           const Tensor& log_sum_exp, const AttentionOptions& options) {
+  cpu::AttentionCall call{s.B, s.T, s.H, s.S, s.K, s.D, in.q.dtype(), options,
+                          cpu::Visibility(s.T, s.S, options)};
+  if (bounds.defined()) {
+    call.visibility.set_documents(bounds.data<std::int64_t>());
+  }
+  call.q = heads(in.q);
+  call.k = heads(in.k);
+  call.v = heads(in.v);
+  call.log_sum_exp = log_sum_exp.data<float>();
+  call.mask = in.mask.defined() ? in.mask.data<std::int64_t>() : nullptr;
+  return call;
+}
+
+void clear(const Tensor& gradient, bool accumulate) {
+  if (gradient.defined() && !accumulate) {
+    gradient.zero();
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionInputs& in, const Tensor& out, const Tensor& log_sum_exp,
+               const AttentionOptions& options) {
+  const Sizes s = checked("attention", in, out, log_sum_exp, options);
+  if (out.numel() == 0) {
+    return;
+  }
+  if (s.S == 0) {
+    out.zero();
+    if (!log_sum_exp.is_meta()) {
+      log_sum_exp.copy_from(Tensor::full(log_sum_exp.shape(), DType::f32,
+                                         -std::numeric_limits<double>::infinity(), out.device()));
+    }
+    return;
+  }
+  if (out.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("attention", cuda::attention(in, out, log_sum_exp, options));
+  }
+  const auto plan = plan_of(in, s, options, false);
+  const std::int64_t slots =
+      std::min<std::int64_t>(threads(), cpu::AttentionPlan::tasks(s.B, s.T, s.H));
+  const Tensor bounds = bounds_of(in, s);
+  const Tensor workspace = workspace_of(plan, slots, out.device());
+  if (out.is_meta()) {
+    return;
+  }
+  cpu::AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  call.out = heads(out);
+  plan.forward(call, workspace.raw(), slots);
+}
+
+void attention_backward(const AttentionInputs& in, const Tensor& out, const Tensor& log_sum_exp,
+                        const Tensor& dout, const AttentionGradients& gradients,
+                        const AttentionOptions& options) {
+  constexpr std::string_view op = "attention_backward";
+  const Sizes s = checked(op, in, out, log_sum_exp, options);
+  const DType dtype = in.q.dtype();
+  const Device device = in.q.device();
+  expect_heads(op, "dout", dout, in.q);
+  expect_shape(op, "dout", dout, Shape{s.B, s.T, s.H, s.D}, "[B, T, H, D]");
+  const auto& g = gradients;
+  if (g.dq.defined()) {
+    expect_result(op, "dq", g.dq, in.q.shape(), "[B, T, H, D]", dtype, device);
+  }
+  if (g.dk.defined()) {
+    expect_result(op, "dk", g.dk, in.k.shape(), "[B, S, K, D]", dtype, device);
+  }
+  if (g.dv.defined()) {
+    expect_result(op, "dv", g.dv, in.v.shape(), "[B, S, K, D]", dtype, device);
+  }
+  if (out.numel() == 0 || s.S == 0) {
+    clear(g.dq, g.accumulate_q);
+    clear(g.dk, g.accumulate_k);
+    clear(g.dv, g.accumulate_v);
+    return;
+  }
+  if (device.kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(op, cuda::attention_backward(in, out, log_sum_exp, dout, g, options));
+  }
+  const auto plan = plan_of(in, s, options, true);
+  const std::int64_t slots = std::min<std::int64_t>(threads(), s.B * s.K);
+  const Tensor bounds = bounds_of(in, s);
+  const Tensor workspace = workspace_of(plan, slots, device);
+  if (out.is_meta()) {
+    return;
+  }
+  cpu::AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  call.out = heads(out);
+  call.dout = heads(dout);
+  call.dq = heads(g.dq);
+  call.dk = heads(g.dk);
+  call.dv = heads(g.dv);
+  call.accumulate_q = g.accumulate_q;
+  call.accumulate_k = g.accumulate_k;
+  call.accumulate_v = g.accumulate_v;
+  plan.backward(call, workspace.raw(), slots);
+}
+
+std::int64_t visible_pairs(std::int64_t B, std::int64_t T, std::int64_t S, const Tensor& mask,
+                           const Tensor& documents, const AttentionOptions& options) {
+  cpu::Visibility visibility(T, S, options);
+  std::vector<std::int64_t> bounds;
+  if (documents.defined()) {
+    bounds.resize(static_cast<std::size_t>(2 * B * T));
+    cpu::document_bounds(documents.data<std::int64_t>(), B, T, bounds.data());
+    visibility.set_documents(bounds.data());
+  }
+  std::int64_t pairs = 0;
+  const std::int64_t rows = mask.defined() || documents.defined() ? B : std::min<std::int64_t>(B, 1);
+  std::vector<std::int64_t> before(static_cast<std::size_t>(S + 1));  // tokens before each key
+  for (std::int64_t b = 0; b < rows; ++b) {
+    for (std::int64_t j = 0; j < S; ++j) {
+      const bool token = !mask.defined() || mask.data<std::int64_t>()[b * S + j] != 0;
+      before[static_cast<std::size_t>(j + 1)] = before[static_cast<std::size_t>(j)] + (token ? 1 : 0);
+    }
+    for (std::int64_t i = 0; i < T; ++i) {
+      const cpu::Range range = visibility.keys(b, i);
+      pairs += before[static_cast<std::size_t>(range.end)] -
+               before[static_cast<std::size_t>(range.begin)];
+    }
+  }
+  return rows == B ? pairs : pairs * B;
+}
+
+}  // namespace reprise::kernels

@@ -1,0 +1,126 @@
+#include "kernels/cross_entropy.h"
+
+#include <cmath>
+#include <string_view>
+
+#include "kernels/cross_entropy_cpu.h"
+#include "kernels/dispatch.h"
+
+namespace reprise::kernels {
+namespace {
+
+Shape leading(std::string_view operation, const Tensor& x) {
+  if (x.dtype() != DType::f32 && x.dtype() != DType::bf16) {
+    fail(operation, "x must be f32 or bf16, got {}", name(x.dtype()));
+  }
+  if (x.rank() == 0) {
+    fail(operation, "x must be [.., V], got a scalar");
+  }
+  return Shape(x.shape().sizes().first(static_cast<std::size_t>(x.rank() - 1)));
+}
+
+// Returns the row stride of x.
+std::int64_t check(std::string_view operation, const Tensor& x, const Tensor& labels,
+                   const Tensor& lse) {
+  const Shape rows = leading(operation, x);
+  expect_dtype(operation, "labels", labels, DType::i64);
+  expect_shape(operation, "labels", labels, rows, "the leading sizes of x");
+  expect_device(operation, "labels", labels, x.device());
+  expect_contiguous(operation, "labels", labels);
+  expect_dtype(operation, "lse", lse, DType::f32);
+  expect_shape(operation, "lse", lse, rows, "the leading sizes of x");
+  expect_device(operation, "lse", lse, x.device());
+  expect_contiguous(operation, "lse", lse);
+  return expect_rows(operation, "x", x);
+}
+
+void expect_scalar(std::string_view operation, std::string_view argument, const Tensor& tensor,
+                   Device device) {
+  expect_dtype(operation, argument, tensor, DType::f32);
+  expect_shape(operation, argument, tensor, Shape{}, "[]");
+  expect_device(operation, argument, tensor, device);
+}
+
+cpu::LogitRows rows_of(const Tensor& x, std::int64_t stride, const Tensor& labels,
+                       std::int64_t ignore_index) {
+  return {x.numel() == 0 ? nullptr : x.raw(),
+          x.dtype(),
+          x.shape().rows(),
+          x.shape().back(),
+          stride,
+          labels.numel() == 0 ? nullptr : labels.data<std::int64_t>(),
+          ignore_index};
+}
+
+}  // namespace
+
+double checked_items(const char* operation, const Tensor& labels, std::int64_t vocabulary,
+                     const CrossEntropyOptions& options) {
+  if (!(options.items >= 0) || std::isinf(options.items)) {
+    fail(operation, "items must be 0 or a positive number, got {}", options.items);
+  }
+  std::int64_t valid = 0;
+  const std::int64_t count = labels.numel();
+  const std::int64_t* at = count == 0 ? nullptr : labels.data<std::int64_t>();
+  for (std::int64_t n = 0; n < count; ++n) {
+    if (at[n] == options.ignore_index) {
+      continue;
+    }
+    if (at[n] < 0 || at[n] >= vocabulary) {
+      fail(operation, "label of row {} must be {} or in [0, V) = [0, {}), got {}", n,
+           options.ignore_index, vocabulary, at[n]);
+    }
+    ++valid;
+  }
+  return options.items > 0 ? options.items : static_cast<double>(valid);
+}
+
+void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, const Tensor& lse,
+                   const CrossEntropyOptions& options) {
+  constexpr const char* op = "cross_entropy";
+  const std::int64_t stride = check(op, x, labels, lse);
+  expect_scalar(op, "loss", loss, x.device());
+  const Tensor losses =
+      Tensor::empty(labels.shape(), DType::f32, x.device(), MemoryKind::workspace);
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(op, cuda::cross_entropy(x, labels, losses, loss, lse, options));
+  }
+  const double items = checked_items(op, labels, x.shape().back(), options);
+  if (x.is_meta()) {
+    return;
+  }
+  double total = 0;
+  if (labels.numel() > 0) {
+    float* at = losses.data<float>();
+    cpu::cross_entropy_rows(rows_of(x, stride, labels, options.ignore_index), lse.data<float>(),
+                            at);
+    for (std::int64_t n = 0; n < labels.numel(); ++n) {
+      total += at[n];
+    }
+  }
+  *loss.data<float>() = static_cast<float>(total / items);
+}
+
+void cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& labels,
+                            const Tensor& lse, const Tensor& dx, const CrossEntropyOptions& options,
+                            bool accumulate) {
+  constexpr const char* op = "cross_entropy_backward";
+  const std::int64_t stride = check(op, x, labels, lse);
+  expect_scalar(op, "g", g, x.device());
+  expect_dtype(op, "dx", dx, x.dtype());
+  expect_shape(op, "dx", dx, x.shape(), "the shape of x");
+  expect_device(op, "dx", dx, x.device());
+  const std::int64_t dx_stride = expect_rows(op, "dx", dx);
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(op, cuda::cross_entropy_backward(g, x, labels, lse, dx, options, accumulate));
+  }
+  const double items = checked_items(op, labels, x.shape().back(), options);
+  if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  cpu::cross_entropy_gradient(rows_of(x, stride, labels, options.ignore_index), lse.data<float>(),
+                              static_cast<float>(g.item<float>() / items), dx.raw(), dx_stride,
+                              accumulate);
+}
+
+}  // namespace reprise::kernels

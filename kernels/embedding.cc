@@ -1,0 +1,89 @@
+#include "kernels/embedding.h"
+
+#include <limits>
+#include <vector>
+
+#include "kernels/embedding_cpu.h"
+
+namespace reprise::kernels {
+namespace {
+
+Shape shape_of_rows(const Tensor& ids, std::int64_t width) {
+  if (ids.rank() == Shape::kMaxRank) {
+    fail("embedding", "ids must have at most {} dimensions, got {}", Shape::kMaxRank - 1,
+         to_string(ids.shape()));
+  }
+  std::vector<std::int64_t> sizes(ids.shape().sizes().begin(), ids.shape().sizes().end());
+  sizes.push_back(width);
+  return Shape(std::span<const std::int64_t>(sizes));
+}
+
+// The ids, each checked.
+std::span<const std::int64_t> checked(const Tensor& ids, std::int64_t rows) {
+  expect_dtype("embedding", "ids", ids, DType::i64);
+  expect_contiguous("embedding", "ids", ids);
+  if (ids.numel() == 0 || ids.device().kind == DeviceKind::cuda) {
+    return {};
+  }
+  const std::span<const std::int64_t> all(ids.data<std::int64_t>(),
+                                          static_cast<std::size_t>(ids.numel()));
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (all[i] < 0 || all[i] >= rows) {
+      fail("embedding", "id at position {} must be in [0, V) = [0, {}), got {}", i, rows, all[i]);
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
+  expect_trainable("embedding", "table", table);
+  if (table.rank() != 2) {
+    fail("embedding", "table must be [V, C], got {}", to_string(table.shape()));
+  }
+  expect_device("embedding", "ids", ids, table.device());
+  const auto all = checked(ids, table.size(0));
+  expect_dtype("embedding", "y", y, table.dtype());
+  expect_shape("embedding", "y", y, shape_of_rows(ids, table.size(1)), "[.., C]");
+  expect_device("embedding", "y", y, table.device());
+  const Matrix rows = matrix("embedding", "table", table), to = matrix("embedding", "y", y);
+  if (y.is_meta() || y.numel() == 0) {
+    return;
+  }
+  if (y.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("embedding", cuda::embedding(ids, table, y));
+  }
+  cpu::embedding(all, rows, to, table.size(1));
+}
+
+void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t padding,
+                        const Tensor& dtable, bool accumulate) {
+  expect_trainable("embedding", "dtable", dtable);
+  if (dtable.rank() != 2) {
+    fail("embedding", "dtable must be [V, C], got {}", to_string(dtable.shape()));
+  }
+  expect_device("embedding", "ids", ids, dtable.device());
+  const std::int64_t rows = dtable.size(0), width = dtable.size(1);
+  const auto all = checked(ids, rows);
+  expect_trainable("embedding", "dy", dy);
+  expect_shape("embedding", "dy", dy, shape_of_rows(ids, width), "[.., C]");
+  expect_device("embedding", "dy", dy, dtable.device());
+  const Matrix from = matrix("embedding", "dy", dy), to = matrix("embedding", "dtable", dtable);
+  const Tensor workspace =
+      Tensor::empty({2, ids.numel()}, DType::i64, ids.device(), MemoryKind::workspace);
+  if (dtable.is_meta() || dtable.numel() == 0) {
+    return;
+  }
+  if (dtable.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("embedding", cuda::embedding_gradient(ids, dy, padding, dtable, accumulate));
+  }
+  ensure(rows <= std::numeric_limits<std::int32_t>::max() &&
+             ids.numel() <= std::numeric_limits<std::int32_t>::max(),
+         "an embedding of {} rows and {} ids", rows, ids.numel());
+  std::int64_t* order = ids.numel() == 0 ? nullptr : workspace.data<std::int64_t>();
+  cpu::embedding_gradient({all, from, to, rows, width, padding, accumulate, order,
+                           order == nullptr ? nullptr : order + ids.numel()});
+}
+
+}  // namespace reprise::kernels

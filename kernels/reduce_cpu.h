@@ -1,0 +1,30 @@
+// The CPU side of reduce.h.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace reprise::kernels::cpu {
+
+// Elements of one chunk: what one thread adds up into one f64.
+inline constexpr std::int64_t kChunkElements = 16384;
+
+// `count` elements, `width` of them in a row.
+struct Elements {
+  const void* at;
+  DType dtype;
+  std::int64_t count, width, row_stride;
+};
+
+// Elements [begin, end) of x, or their squares; the same whatever the row stride.
+double chunk_sum(const Elements& x, bool squares, std::int64_t begin, std::int64_t end);
+
+// dx = value, or dx += value.
+void add_constant(DType dtype, void* dx, std::int64_t count, float value, bool accumulate);
+// y [count] = factor * x, or y += factor * x; x in rows of `width`.
+void add_scaled(const Elements& x, float factor, DType y_dtype, void* y, bool accumulate);
+// x *= factor, one run on this thread.
+void scale_run(DType dtype, void* x, std::int64_t count, float factor);
+
+}  // namespace reprise::kernels::cpu

@@ -1,0 +1,281 @@
+#include "nn/weights/folder.h"
+
+#include <cstring>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "nn/weights/json.h"
+#include "tests/nn/files.h"
+
+namespace reprise::nn {
+namespace {
+
+using ::testing::HasSubstr;
+using testing::contents;
+using testing::Folder;
+using testing::golden;
+
+std::unique_ptr<Model> load(const std::string& folder, DType dtype = DType::f32) {
+  auto model = load_model(folder, {.place = {cpu, dtype}});
+  EXPECT_TRUE(model.ok()) << model.status();
+  return model.ok() ? *std::move(model) : nullptr;
+}
+
+void expect_bitwise(Model& a, Model& b) {
+  const auto left = a.named_parameters(), right = b.named_parameters();
+  ASSERT_EQ(left.size(), right.size());
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    EXPECT_EQ(left[i].path, right[i].path);
+    const Tensor x = left[i].parameter->value(), y = right[i].parameter->value();
+    ASSERT_EQ(x.bytes(), y.bytes());
+    EXPECT_EQ(std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.bytes())), 0) << left[i].path;
+  }
+}
+
+std::string message(const std::string& folder) {
+  return std::string(load_model(folder).status().message());
+}
+
+// A copy of a ready case's config with other weights.
+struct Copy {
+  Folder folder;
+  std::vector<NamedTensor> tensors;
+  explicit Copy(const std::string& name) {
+    testing::write(folder.at("config.json"), contents(golden(name) / "config.json"));
+    const auto file = SafetensorsFile::open((golden(name) / "model.safetensors").string());
+    for (const StoredTensor& tensor : file->tensors()) {
+      tensors.push_back({tensor.name, *file->read(tensor.name)});
+    }
+  }
+  const std::string path() const { return folder.path().string(); }
+  void write(const std::string& file = "model.safetensors") {
+    const absl::Status status = write_safetensors(folder.at(file), tensors);
+    EXPECT_TRUE(status.ok()) << status;
+  }
+  NamedTensor& at(const std::string& name) {
+    return *std::find_if(tensors.begin(), tensors.end(),
+                         [&](const NamedTensor& entry) { return entry.name == name; });
+  }
+};
+
+TEST(Folder, LoadsEveryTensorOnce) {
+  for (const std::string name : {"gpt2", "llama", "qwen2"}) {
+    const auto model = load(golden(name).string());
+    ASSERT_NE(model, nullptr);
+    const auto file = SafetensorsFile::open((golden(name) / "model.safetensors").string());
+    EXPECT_EQ(model->parameters().size(), file->tensors().size());
+    for (const NamedParameter& entry : model->named_parameters()) {
+      const std::string key = name == "gpt2" ? entry.path.substr(12) : entry.path;
+      const auto tensor = file->read(key);
+      ASSERT_TRUE(tensor.ok()) << key;
+      EXPECT_EQ(entry.parameter->value().to_vector<float>(), tensor->to_vector<float>());
+    }
+  }
+}
+
+TEST(Folder, ASavedModelLoadsBackBitwise) {
+  for (const std::string name : {"gpt2", "llama", "qwen2"}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const Folder out;
+      const auto model = load(golden(name).string(), dtype);
+      const absl::Status saved = save_model(*model, out.at("new/folder"));
+      ASSERT_TRUE(saved.ok()) << saved;
+      const auto again = load(out.at("new/folder"), dtype);
+      ASSERT_NE(again, nullptr);
+      expect_bitwise(*model, *again);
+      const auto config = JsonReader::open(out.at("new/folder/config.json"));
+      EXPECT_EQ(config->value("torch_dtype"), dtype == DType::f32 ? "float32" : "bfloat16");
+      EXPECT_EQ(config->value("initializer_range"), 0.02);
+    }
+  }
+}
+
+TEST(Folder, ShardsRoundTripAndReplaceEachOther) {
+  const Folder out;
+  const auto model = load(golden("llama").string());
+  ASSERT_TRUE(save_model(*model, out.path().string(), {.max_shard_bytes = 20000}).ok());
+  EXPECT_FALSE(std::filesystem::exists(out.at("model.safetensors")));
+  const auto index = JsonReader::open(out.at("model.safetensors.index.json"));
+  ASSERT_TRUE(index.ok());
+  std::int64_t total = 0;
+  for (const Parameter* parameter : model->parameters()) {
+    total += parameter->value().bytes();
+  }
+  EXPECT_EQ(index->value("metadata")["total_size"], total);
+  EXPECT_EQ(index->value("weight_map").size(), model->parameters().size());
+  std::size_t shards = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(out.path())) {
+    if (entry.path().extension() == ".safetensors") {
+      ++shards;
+      EXPECT_LE(std::filesystem::file_size(entry.path()), 20000u + 2000u);
+    }
+  }
+  EXPECT_GE(shards, 5u);
+  const auto again = load(out.path().string());
+  ASSERT_NE(again, nullptr);
+  expect_bitwise(*model, *again);
+
+  // Fewer shards, then one file: nothing of the old save stays to be read.
+  again->find_parameter("model.norm.weight")->write().data<float>()[0] = 42;
+  ASSERT_TRUE(save_model(*again, out.path().string(), {.max_shard_bytes = 50000}).ok());
+  expect_bitwise(*again, *load(out.path().string()));
+  ASSERT_TRUE(save_model(*again, out.path().string()).ok());
+  EXPECT_FALSE(std::filesystem::exists(out.at("model.safetensors.index.json")));
+  expect_bitwise(*again, *load(out.path().string()));
+  const auto files = std::filesystem::directory_iterator(out.path());
+  EXPECT_EQ(std::distance(begin(files), end(files)), 2);
+}
+
+TEST(Folder, ATensorLargerThanAShardStandsAlone) {
+  const Folder out;
+  const auto model = load(golden("qwen2").string());
+  ASSERT_TRUE(save_model(*model, out.path().string(), {.max_shard_bytes = 1}).ok());
+  expect_bitwise(*model, *load(out.path().string()));
+}
+
+TEST(Folder, PrefixesOfTheTrunkMayBeThereOrNot) {
+  Copy gpt2("gpt2");
+  for (NamedTensor& entry : gpt2.tensors) {
+    entry.name = "transformer." + entry.name;
+  }
+  gpt2.write();
+  expect_bitwise(*load(golden("gpt2").string()), *load(gpt2.path()));
+  Copy llama("llama");
+  for (NamedTensor& entry : llama.tensors) {
+    if (entry.name.starts_with("model.")) {
+      entry.name = entry.name.substr(6);
+    }
+  }
+  llama.write();
+  expect_bitwise(*load(golden("llama").string()), *load(llama.path()));
+}
+
+TEST(Folder, BuffersAndTiedHeadsArePassedOver) {
+  Copy gpt2("gpt2");
+  gpt2.tensors.push_back({"h.0.attn.bias", Tensor::zeros(Shape{1, 1, 24, 24}, DType::f32)});
+  gpt2.tensors.push_back({"h.1.attn.masked_bias", Tensor::zeros(Shape{}, DType::f32)});
+  gpt2.tensors.push_back({"lm_head.weight", gpt2.at("wte.weight").tensor.clone()});
+  gpt2.write();
+  expect_bitwise(*load(golden("gpt2").string()), *load(gpt2.path()));
+  Copy llama("llama");
+  llama.tensors.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq",
+                           Tensor::zeros(Shape{4}, DType::f32)});
+  llama.write();
+  expect_bitwise(*load(golden("llama").string()), *load(llama.path()));
+}
+
+TEST(Folder, MissingAndUnexpectedTensorsAreToldTogether) {
+  Copy copy("llama");
+  copy.at("model.norm.weight").name = "model.norm.scale";
+  copy.at("lm_head.weight").name = "head";
+  copy.write();
+  EXPECT_EQ(message(copy.path()),
+            copy.path() + ": 2 tensors are missing: model.norm.weight, lm_head.weight; 2 tensors have "
+                          "no place in a llama: head, model.norm.scale");
+  copy.at("head").name = "lm_head.weight";
+  copy.at("model.norm.scale").name = "model.norm.weight";
+  copy.tensors.push_back({"extra", Tensor::zeros(Shape{1}, DType::f32)});
+  copy.write();
+  EXPECT_EQ(message(copy.path()), copy.path() + ": 1 tensors have no place in a llama: extra");
+  copy.tensors.clear();
+  copy.write();
+  EXPECT_THAT(message(copy.path()),
+              HasSubstr(": 21 tensors are missing: model.embed_tokens.weight, "
+                        "model.layers.0.input_layernorm.weight, "));
+  EXPECT_THAT(message(copy.path()), HasSubstr(" and 13 more"));
+}
+
+TEST(Folder, AShapeThatDoesNotFitIsAnError) {
+  Copy copy("qwen2");
+  copy.at("model.norm.weight").tensor = Tensor::zeros(Shape{31}, DType::f32);
+  copy.write();
+  EXPECT_EQ(message(copy.path()), copy.folder.at("model.safetensors") +
+                                      ": tensor \"model.norm.weight\" must have shape [32], got [31]");
+  const auto mapped = load_model(copy.path(), {.map = true});
+  EXPECT_EQ(mapped.status().message(), message(copy.path()));
+  copy.at("model.norm.weight").tensor = Tensor::zeros(Shape{32}, DType::i64);
+  copy.write();
+  EXPECT_EQ(message(copy.path()), copy.folder.at("model.safetensors") +
+                                      ": tensor \"model.norm.weight\" of type I64 cannot be read as f32");
+}
+
+TEST(Folder, FilesThatAreNotThere) {
+  const Folder folder;
+  EXPECT_THAT(message(folder.path().string()), HasSubstr(folder.at("config.json")));
+  testing::write(folder.at("config.json"), R"({"model_type": "gpt2", "n_layer": 0, "n_embd": 12})");
+  EXPECT_THAT(message(folder.path().string()), HasSubstr(folder.at("model.safetensors")));
+  testing::write(folder.at("model.safetensors"), "");
+  EXPECT_EQ(message(folder.path().string()),
+            folder.at("model.safetensors") +
+                ": HeaderTooSmall: the file has 0 bytes, 8 are the least");
+  testing::write(folder.at("config.json"), "{");
+  EXPECT_EQ(message(folder.path().string()), folder.at("config.json") + ": byte 2: not valid JSON");
+}
+
+std::string index_problem(const std::string& index, const Folder& folder) {
+  testing::write(folder.at("model.safetensors.index.json"), index);
+  return std::string(WeightFolder::open(folder.path().string()).status().message());
+}
+
+TEST(Folder, ChecksOfAnIndex) {
+  const Folder folder;
+  const std::string path = folder.at("model.safetensors.index.json");
+  const auto one = [](const std::string& name) {
+    return std::vector<NamedTensor>{{name, Tensor::zeros(Shape{1}, DType::f32)}};
+  };
+  ASSERT_TRUE(write_safetensors(folder.at("1"), one("a")).ok());
+  std::vector<NamedTensor> two = one("b");
+  two.push_back({"a", Tensor::zeros(Shape{1}, DType::f32)});
+  ASSERT_TRUE(write_safetensors(folder.at("2"), two).ok());
+
+  EXPECT_EQ(index_problem("{}", folder), path + ": weight_map is missing");
+  EXPECT_EQ(index_problem(R"({"weight_map": []})", folder),
+            path + ": weight_map must be an object, got []");
+  EXPECT_EQ(index_problem(R"({"weight_map": {"a": 1}})", folder),
+            path + ": weight_map.a must be a string, got 1");
+  for (const std::string file : {"../1", "/1", "..", ".", "", "x/1", "x\\\\1"}) {
+    EXPECT_THAT(index_problem(R"({"weight_map": {"a": ")" + file + "\"}}", folder),
+                HasSubstr("weight_map.a must be the name of a file in the folder, got"))
+        << file;
+  }
+  EXPECT_THAT(index_problem(R"({"weight_map": {"a": "3"}})", folder), HasSubstr(folder.at("3")));
+  EXPECT_EQ(index_problem(R"({"weight_map": {"c": "1"}})", folder),
+            path + ": weight_map puts tensor \"c\" in 1, which does not hold it");
+  EXPECT_EQ(index_problem(R"({"weight_map": {"b": "2"}})", folder),
+            folder.at("2") + ": holds tensor \"a\", which weight_map does not list");
+  EXPECT_EQ(index_problem(R"({"weight_map": {"a": "1", "b": "2"}})", folder),
+            folder.at("2") + ": holds tensor \"a\", which weight_map puts in 1");
+  EXPECT_EQ(index_problem(R"({"weight_map": {"a": "1"}})", folder), "");
+  // One file comes before an index.
+  ASSERT_TRUE(write_safetensors(folder.at("model.safetensors"), one("z")).ok());
+  EXPECT_EQ(WeightFolder::open(folder.path().string())->names(), std::vector<std::string>{"z"});
+}
+
+TEST(Folder, MappedParametersAreNotCountedAndLeaveTheFileAlone) {
+  const Copy copy("llama");
+  const_cast<Copy&>(copy).write();
+  const auto kind = static_cast<std::size_t>(MemoryKind::parameters);
+  const std::int64_t before = allocator(cpu).report().live[kind];
+  auto mapped = load_model(copy.path(), {.map = true});
+  ASSERT_TRUE(mapped.ok()) << mapped.status();
+  EXPECT_EQ(allocator(cpu).report().live[kind], before);
+  const auto usual = load(copy.path());
+  EXPECT_GT(allocator(cpu).report().live[kind], before);
+  expect_bitwise(**mapped, *usual);
+  (*mapped)->find_parameter("lm_head.weight")->write().zero();
+  expect_bitwise(*load(copy.path()), *usual);
+  // Another type than the file's is converted, hence copied.
+  auto brief = load_model(copy.path(), {.place = {cpu, DType::bf16}, .map = true});
+  ASSERT_TRUE(brief.ok());
+  expect_bitwise(**brief, *load(copy.path(), DType::bf16));
+}
+
+TEST(Folder, OnMetaOnlyShapesAreRead) {
+  const auto model = load_model(golden("gpt2").string(), {.place = {meta, DType::bf16}});
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE((*model)->parameters().front()->value().is_meta());
+}
+
+}  // namespace
+}  // namespace reprise::nn

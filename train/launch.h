@@ -1,0 +1,64 @@
+// Ranks: which one this process is, and starting several.
+//
+//   absl::StatusOr<Launch> launch = plan_launch(argc, argv);       // takes `--ranks N` out
+//   if (launch->ranks > 1) return supervise(*launch);               // this process only watches
+//   absl::StatusOr<std::unique_ptr<distributed::Communicator>> communicator = connect(launch->world);
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <absl/status/status.h>
+#include <absl/status/statusor.h>
+
+#include "distributed/communicator.h"
+
+namespace reprise::train {
+
+// A variable of the environment, or null.
+using Environment = std::function<const char*(const char* name)>;
+
+struct World {
+  int rank = 0, size = 1;
+  int local_rank = 0, local_size = 1;  // on this machine
+  std::string launcher;                // "Open MPI", "PMIx", "PMI", "Slurm"; empty: none
+  int threads = 1;                     // compute threads a rank: its share of the cores, at least 1
+};
+
+// As the launcher's variables say: Open MPI's, PMIx's, PMI's, Slurm's (which a batch script has
+// too: only with more than one task). None: one rank. InvalidArgument when one is not a number or
+// they do not fit together.
+absl::StatusOr<World> find_world(const Environment& environment);
+absl::StatusOr<World> find_world();  // of this process
+
+struct Launch {
+  World world;
+  int ranks = 0;                        // asked for by --ranks; 0 and 1: no others to start
+  std::vector<std::string> arguments;  // as given, without the program and without --ranks
+};
+
+// Takes `--ranks N` or `--ranks=N` out of the arguments. InvalidArgument when N is not a number
+// from 1 to 4096, or when this process is a rank of a launch already.
+absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
+                                   const Environment& environment);
+absl::StatusOr<Launch> plan_launch(int argc, char** argv);
+
+// The mpirun that belongs to the MPI of this program: as configured, else the one in PATH if its
+// version says the same MPI. NotFound, FailedPrecondition.
+absl::StatusOr<std::string> find_mpirun();
+
+// Runs this program as `ranks` processes under mpirun, with launch.arguments, and waits for all of
+// them; SIGINT and SIGTERM end them. Returns the exit code (128 + n for signal n) when nothing of
+// the job is left. Call it before any thread exists.
+absl::StatusOr<int> supervise(const Launch& launch);
+
+// The communicator of this process; a world of one starts no MPI. A rank of several ends with its
+// launcher from then on.
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
+    const World& world, std::chrono::milliseconds limit = std::chrono::seconds(120));
+
+}  // namespace reprise::train
