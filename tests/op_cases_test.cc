@@ -409,6 +409,12 @@ TEST_P(OpCases, EveryRunGivesTheSameBits) {
     expect_same_bits(first, run(), std::to_string(count) + " threads");
   }
   set_threads(before);
+  const Device device = GetParam().device;
+  for (int schedule = 1; schedule < schedule_count(device); ++schedule) {
+    set_schedule(device, schedule);
+    expect_same_bits(first, run(), "schedule " + std::to_string(schedule));
+  }
+  set_schedule(device, 0);
 }
 
 TEST_P(OpCases, CheckpointedGradientsHaveTheSameBits) {
