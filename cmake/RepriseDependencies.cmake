@@ -29,8 +29,11 @@ if(REPRISE_CUDA)
     set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real)
   endif()
   enable_language(CUDA)
-  # CMake 3.25 knows no CMAKE_CUDA_STANDARD of 20.
-  string(APPEND CMAKE_CUDA_FLAGS " -std=c++20")
+  set(CMAKE_CUDA_STANDARD 20)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 knows no nvcc of this dialect
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
   find_package(CUDAToolkit REQUIRED)
 endif()
 message(STATUS "Reprise: oneDNN ${REPRISE_HAS_ONEDNN}, MPI ${REPRISE_HAS_MPI}, CUDA ${REPRISE_CUDA}")
