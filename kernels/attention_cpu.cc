@@ -8,10 +8,12 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/attention_cpu.cc"
-#include "hwy/contrib/math/math-inl.h"
+// clang-format off: foreach_target.h first, once for each target
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
 #include "kernels/vector_io-inl.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
