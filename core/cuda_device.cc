@@ -148,7 +148,9 @@ void cuda_synchronize(Device device) {
 }
 
 void* cuda_stream(Device device) {
-  return stream_of(device);
+  const cudaStream_t stream = stream_of(device);
+  cuda_check("cuda", cudaSetDevice(device.index));
+  return stream;
 }
 
 }  // namespace reprise
