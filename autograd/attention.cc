@@ -10,7 +10,9 @@
 namespace reprise {
 namespace {
 
-constexpr Mask bit(std::size_t i) { return Mask{1} << i; }
+constexpr Mask bit(std::size_t i) {
+  return Mask{1} << i;
+}
 
 enum Input : std::size_t { kQ, kK, kV, kMask, kDocuments };
 constexpr Mask kQkv = bit(kQ) | bit(kK) | bit(kV);
@@ -29,27 +31,21 @@ kernels::AttentionInputs inputs_of(const Run& run) {
 
 class Attention final : public Op {
  public:
-  Attention(const kernels::AttentionOptions& options, std::int64_t pairs)
-      : options_(options), pairs_(pairs) {}
+  Attention(const kernels::AttentionOptions& options, Mask given, std::int64_t pairs)
+      : options_(options), given_(given), pairs_(pairs) {}
   std::string_view name() const override { return "attention"; }
   std::size_t outputs() const override { return 2; }
   Mask differentiable() const override { return kQkv; }
 
   void forward(Forward& run) const override {
     const Tensor& q = run.input(kQ);
-    if (q.rank() != 4) {
-      fail("attention", "q must have four dimensions [B, T, H, D], got {}", to_string(q.shape()));
-    }
     const Tensor out = run.output(0, q.shape(), q.dtype());
-    const Tensor log_sum_exp =
-        run.output(1, Shape{q.size(0), q.size(2), q.size(1)}, DType::f32);
+    const Tensor log_sum_exp = run.output(1, Shape{q.size(0), q.size(2), q.size(1)}, DType::f32);
     kernels::attention(inputs_of(run), out, log_sum_exp, options_);
   }
 
   // All that is needed for the probabilities, whichever gradient is asked for.
-  Saved saved(Mask) const override {
-    return {kQkv | bit(kMask) | bit(kDocuments), bit(0) | bit(1)};
-  }
+  Saved saved(Mask) const override { return {given_, bit(0) | bit(1)}; }
 
   void backward(Backward& run) const override {
     kernels::AttentionGradients to;
@@ -81,32 +77,35 @@ class Attention final : public Op {
 
  private:
   kernels::AttentionOptions options_;
+  Mask given_;          // inputs that are there
   std::int64_t pairs_;  // visible, of one head
 };
 
-Variable constant(const Tensor& tensor) { return tensor.defined() ? Variable(tensor) : Variable(); }
+Variable constant(const Tensor& tensor) {
+  return tensor.defined() ? Variable(tensor) : Variable();
+}
 
 }  // namespace
 
 Variable attention(Variable q, Variable k, Variable v, const AttentionSpec& spec) {
   kernels::AttentionOptions options{
       .scale = spec.scale, .causal = spec.causal, .window = spec.window, .dropout = spec.dropout};
-  std::int64_t pairs = 0;
-  if (q.rank() == 4 && k.rank() == 4) {
-    const std::int64_t B = q.size(0), T = q.size(1), H = q.size(2), S = k.size(1);
-    if (spec.dropout > 0) {
-      if (spec.generator == nullptr) {
-        fail("attention", "dropout {} needs a generator", spec.dropout);
-      }
-      options.seed = spec.generator->seed;
-      options.offset = spec.generator->reserve(
-          static_cast<std::uint64_t>(4 * kernels::attention_dropout_blocks(B, H, T, S)));
+  const kernels::AttentionInputs in{q.tensor(), k.tensor(), v.tensor(), spec.mask, spec.documents};
+  const std::int64_t pairs = kernels::visible_pairs(in, options);
+  if (spec.dropout > 0) {
+    if (spec.generator == nullptr) {
+      fail("attention", "dropout {} needs a generator", spec.dropout);
     }
-    pairs = kernels::visible_pairs(B, T, S, spec.mask, spec.documents, options);
+    const std::int64_t blocks =
+        kernels::attention_dropout_blocks(q.size(0), q.size(2), q.size(1), k.size(1));
+    options.seed = spec.generator->seed;
+    options.offset = spec.generator->reserve(static_cast<std::uint64_t>(4 * blocks));
   }
+  const Mask given = kQkv | (spec.mask.defined() ? bit(kMask) : 0) |
+                     (spec.documents.defined() ? bit(kDocuments) : 0);
   std::vector<Variable> inputs{std::move(q), std::move(k), std::move(v), constant(spec.mask),
                                constant(spec.documents)};
-  return apply_many(std::make_unique<Attention>(options, pairs), inputs).front();
+  return apply_many(std::make_unique<Attention>(options, given, pairs), inputs).front();
 }
 
 }  // namespace reprise

@@ -13,13 +13,13 @@
 namespace reprise {
 
 struct AttentionSpec {
-  double scale = 1;               // of the scores: 1 / sqrt(D) as a rule
+  double scale = 1;  // of the scores: 1 / sqrt(D) as a rule
   bool causal = false;
-  std::int64_t window = 0;        // with causal: this many keys at most, the query's own the last; 0: all
-  Tensor mask{};                  // optional [B, S] i64: 0 is padding, which no query sees
-  Tensor documents{};             // optional [B, T] i64, not decreasing: a query sees its own document
-  double dropout = 0;             // on the probabilities
-  Generator* generator = nullptr; // needed with dropout
+  std::int64_t window = 0;  // with causal: this many keys at most, the query's own the last; 0: all
+  Tensor mask{};            // optional [B, S] i64: 0 is padding, which no query sees
+  Tensor documents{};       // optional [B, T] i64, not decreasing: a query sees its own document
+  double dropout = 0;       // on the probabilities
+  Generator* generator = nullptr;  // needed with dropout
 };
 
 // q [B, T, H, D], k and v [B, S, K, D], H a multiple of K -> [B, T, H, D].

@@ -97,7 +97,10 @@ class Allocator {
   const std::unique_ptr<MemorySource> source_;
   mutable std::mutex mutex_;
   std::int64_t live_bytes_ = 0, peak_bytes_ = 0;
+  std::int64_t transient_bytes() const;
+
   BytesByKind live_{}, at_peak_{}, peak_{};
+  std::int64_t peak_transient_bytes_ = 0;
   std::vector<std::string> labels_{""};
   std::map<std::string, std::uint32_t, std::less<>> label_ids_{{"", 0}};
   std::vector<std::int64_t> live_by_label_{0}, peak_by_label_{0};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "core/parallel.h"
 #include "kernels/attention_sides.h"
@@ -114,8 +115,8 @@ Tensor bounds_of(const AttentionInputs& in, const Sizes& s) {
   if (!in.documents.defined()) {
     return {};
   }
-  const Tensor bounds = Tensor::empty(Shape{s.B, 2, s.T}, DType::i64, in.q.device(),
-                                      MemoryKind::workspace);
+  const Tensor bounds =
+      Tensor::empty(Shape{s.B, 2, s.T}, DType::i64, in.q.device(), MemoryKind::workspace);
   cpu::document_bounds(in.documents.data<std::int64_t>(), s.B, s.T, bounds.data<std::int64_t>());
   return bounds;
 }
@@ -143,8 +144,8 @@ Tensor workspace_of(const cpu::AttentionPlan& plan, std::int64_t slots, Device d
 
 cpu::AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& bounds,
                            const Tensor& log_sum_exp, const AttentionOptions& options) {
-  cpu::AttentionCall call{s.B, s.T, s.H, s.S, s.K, s.D, in.q.dtype(), options,
-                          cpu::Visibility(s.T, s.S, options)};
+  cpu::AttentionCall call{
+      s.B, s.T, s.H, s.S, s.K, s.D, in.q.dtype(), options, cpu::Visibility(s.T, s.S, options)};
   if (bounds.defined()) {
     call.visibility.set_documents(bounds.data<std::int64_t>());
   }
@@ -241,30 +242,33 @@ void attention_backward(const AttentionInputs& in, const Tensor& out, const Tens
   plan.backward(call, workspace.raw(), slots);
 }
 
-std::int64_t visible_pairs(std::int64_t B, std::int64_t T, std::int64_t S, const Tensor& mask,
-                           const Tensor& documents, const AttentionOptions& options) {
-  cpu::Visibility visibility(T, S, options);
+std::int64_t visible_pairs(const AttentionInputs& in, const AttentionOptions& options) {
+  const Sizes s = expect_qkv("attention", in);
+  expect_visibility("attention", in, s, options);
+  const bool readable = in.q.device().kind != DeviceKind::cuda;
+  const std::int64_t* const mask =
+      readable && in.mask.defined() ? in.mask.data<std::int64_t>() : nullptr;
+  cpu::Visibility visibility(s.T, s.S, options);
   std::vector<std::int64_t> bounds;
-  if (documents.defined()) {
-    bounds.resize(static_cast<std::size_t>(2 * B * T));
-    cpu::document_bounds(documents.data<std::int64_t>(), B, T, bounds.data());
+  if (readable && in.documents.defined()) {
+    bounds.resize(static_cast<std::size_t>(2 * s.B * s.T));
+    cpu::document_bounds(in.documents.data<std::int64_t>(), s.B, s.T, bounds.data());
     visibility.set_documents(bounds.data());
   }
+  std::vector<std::int64_t> tokens(static_cast<std::size_t>(s.S + 1));  // before each key
   std::int64_t pairs = 0;
-  const std::int64_t rows = mask.defined() || documents.defined() ? B : std::min<std::int64_t>(B, 1);
-  std::vector<std::int64_t> before(static_cast<std::size_t>(S + 1));  // tokens before each key
-  for (std::int64_t b = 0; b < rows; ++b) {
-    for (std::int64_t j = 0; j < S; ++j) {
-      const bool token = !mask.defined() || mask.data<std::int64_t>()[b * S + j] != 0;
-      before[static_cast<std::size_t>(j + 1)] = before[static_cast<std::size_t>(j)] + (token ? 1 : 0);
+  for (std::int64_t b = 0; b < s.B; ++b) {
+    for (std::int64_t j = 0; j < s.S; ++j) {
+      const bool token = mask == nullptr || mask[b * s.S + j] != 0;
+      tokens[static_cast<std::size_t>(j + 1)] = tokens[static_cast<std::size_t>(j)] + token;
     }
-    for (std::int64_t i = 0; i < T; ++i) {
+    for (std::int64_t i = 0; i < s.T; ++i) {
       const cpu::Range range = visibility.keys(b, i);
-      pairs += before[static_cast<std::size_t>(range.end)] -
-               before[static_cast<std::size_t>(range.begin)];
+      pairs += tokens[static_cast<std::size_t>(range.end)] -
+               tokens[static_cast<std::size_t>(range.begin)];
     }
   }
-  return rows == B ? pairs : pairs * B;
+  return pairs;
 }
 
 }  // namespace reprise::kernels

@@ -1,16 +1,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/philox.h"
 #include "kernels/attention_sides.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/attention_cpu.cc"
+// clang-format off: foreach_target.h first, once for each target
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/vector_io-inl.h"
+// clang-format on
 
 HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
@@ -55,13 +58,13 @@ struct Times {
   HWY_ATTR HWY_INLINE FloatVector operator()(FloatVector x) const { return hn::Mul(x, factor); }
 };
 
-// Masked scores, in place; returns their maximum.
+// Masked scores, in place; returns their maximum, NaN if one of them is: Max may pass over it.
 HWY_ATTR float mask_row(float* scores, std::int64_t width, std::int64_t begin, std::int64_t end,
                         const float* bias, float scale) {
   const FloatTag tag;
   const auto none = hn::Set(tag, -kInfinity);
   const auto factor = hn::Set(tag, scale);
-  auto highest = none;
+  auto highest = none, sick = hn::Zero(tag);
   for_vectors(width, [&](std::int64_t c, std::int64_t count) HWY_ATTR {
     auto s = none;
     if (c < end && c + count > begin) {
@@ -73,10 +76,12 @@ HWY_ATTR float mask_row(float* scores, std::int64_t width, std::int64_t begin, s
         s = hn::IfThenElse(within(c, begin, end), s, none);
       }
       highest = hn::Max(highest, s);
+      sick = hn::IfThenElse(hn::IsNaN(s), s, sick);
     }
     put(s, scores + c, count);
   });
-  return largest(highest);
+  const float any = total(sick);
+  return std::isnan(any) ? any : largest(highest);
 }
 
 // Masked scores to exp(s - highest), which are summed; stored with dropout.
@@ -103,17 +108,27 @@ HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width
 }
 
 template <class T>
+T as(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return to_bfloat16(x);
+  } else {
+    return x;
+  }
+}
+
+template <class T>
 HWY_ATTR void softmax_rows(const SoftmaxTile& t) {
   T* const out = static_cast<T*>(t.probabilities);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     float* const scores = t.scores + row * t.width;
     const float before = t.first ? -kInfinity : t.row_max[row];
-    const float highest = std::max(
-        before, mask_row(scores, t.width, t.begin[row], t.end[row], t.bias, t.scale));
-    if (highest == -kInfinity) {  // nothing seen so far
-      std::fill_n(out + row * t.width, t.width, T{});
+    const float here = mask_row(scores, t.width, t.begin[row], t.end[row], t.bias, t.scale);
+    const float highest = std::isnan(here) ? here : std::max(before, here);
+    if (highest == -kInfinity || std::isnan(highest)) {  // nothing seen so far, or all is lost
+      const float all = std::isnan(highest) ? highest : 0.0f;
+      std::fill_n(out + row * t.width, t.width, as<T>(all));
       t.row_max[row] = highest;
-      t.row_sum[row] = 0.0f;
+      t.row_sum[row] = all;
       continue;
     }
     const float rescale = before == -kInfinity ? 0.0f : std::exp(before - highest);
@@ -248,8 +263,7 @@ HWY_INLINE void multiply(WordVector x, std::uint32_t by, WordVector& high, WordV
   const hn::Repartition<std::uint64_t, WordTag> wide;
   const auto factor = hn::Set(tag, by);
   const auto even = hn::MulEven(x, factor);
-  const auto odd =
-      hn::MulEven(hn::BitCast(tag, hn::ShiftRight<32>(hn::BitCast(wide, x))), factor);
+  const auto odd = hn::MulEven(hn::BitCast(tag, hn::ShiftRight<32>(hn::BitCast(wide, x))), factor);
   high = hn::OddEven(hn::BitCast(tag, odd), hn::BitCast(tag, hn::ShiftRight<32>(even)));
   low = hn::OddEven(hn::BitCast(tag, hn::ShiftLeft<32>(odd)), hn::BitCast(tag, even));
 #endif
@@ -277,8 +291,8 @@ HWY_ATTR void keep_blocks(const std::uint32_t* low_counter, const std::uint32_t*
   }
   const hn::RebindToSigned<FloatTag> integer;
   const auto emit = [&](WordVector word, float* to) HWY_ATTR {
-    const auto uniform = hn::Mul(
-        hn::ConvertTo(real, hn::BitCast(integer, hn::ShiftRight<8>(word))), hn::Set(real, 0x1p-24f));
+    const auto uniform = hn::Mul(hn::ConvertTo(real, hn::BitCast(integer, hn::ShiftRight<8>(word))),
+                                 hn::Set(real, 0x1p-24f));
     hn::StoreU(hn::IfThenElseZero(hn::Ge(uniform, hn::Set(real, dropout)), hn::Set(real, factor)),
                real, to);
   };
@@ -348,10 +362,18 @@ HWY_EXPORT(store_rows_run);
 HWY_EXPORT(keep_run);
 }  // namespace
 
-void softmax_tile(const SoftmaxTile& tile) { HWY_DYNAMIC_DISPATCH(softmax_run)(tile); }
-void finish_rows(const OutputRows& rows) { HWY_DYNAMIC_DISPATCH(finish_run)(rows); }
-void gradient_tile(const GradientTile& tile) { HWY_DYNAMIC_DISPATCH(gradient_run)(tile); }
-void keep_tile(const KeepTile& tile) { HWY_DYNAMIC_DISPATCH(keep_run)(tile); }
+void softmax_tile(const SoftmaxTile& tile) {
+  HWY_DYNAMIC_DISPATCH(softmax_run)(tile);
+}
+void finish_rows(const OutputRows& rows) {
+  HWY_DYNAMIC_DISPATCH(finish_run)(rows);
+}
+void gradient_tile(const GradientTile& tile) {
+  HWY_DYNAMIC_DISPATCH(gradient_run)(tile);
+}
+void keep_tile(const KeepTile& tile) {
+  HWY_DYNAMIC_DISPATCH(keep_run)(tile);
+}
 
 void row_dots(DType dtype, const char* a, std::int64_t a_stride, const char* b,
               std::int64_t b_stride, std::int64_t rows, std::int64_t D, float* delta) {

@@ -126,13 +126,13 @@ void finish_rows(const OutputRows& rows);
 
 // Transposed: rows are keys, columns are queries. From s and do . v to d p and scale e.
 struct GradientTile {
-  float *scores, *products;                // [rows, width]
-  void *probabilities, *gradients;         // bf16 results; f32 is in place
+  float *scores, *products;         // [rows, width]
+  void *probabilities, *gradients;  // bf16 results; f32 is in place
   DType dtype;
   std::int64_t rows, width;
-  const std::int32_t *begin, *end;         // visible columns of a row
-  const float* keep;                       // [rows, width]
-  const float *log_sum_exp, *delta;        // [width]
+  const std::int32_t *begin, *end;   // visible columns of a row
+  const float* keep;                 // [rows, width]
+  const float *log_sum_exp, *delta;  // [width]
   float scale;
 };
 void gradient_tile(const GradientTile& tile);

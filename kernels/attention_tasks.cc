@@ -14,7 +14,9 @@ constexpr std::int64_t kQueries = 64, kKeys = 512;
 // Queries of one head that a forward task takes; it copies keys and values for itself.
 constexpr std::int64_t kTaskQueries = 1024;
 
-std::int64_t parts(std::int64_t size, std::int64_t of) { return (size + of - 1) / of; }
+std::int64_t parts(std::int64_t size, std::int64_t of) {
+  return (size + of - 1) / of;
+}
 
 }  // namespace
 
@@ -85,8 +87,8 @@ AttentionPlan::AttentionPlan(std::int64_t T_, std::int64_t S_, std::int64_t D_, 
   lay_out(options.dropout > 0, backward, make_products(whole, backward));
 }
 
-// Widths of key tiles are multiples of the grain, or such a multiple less than a tile and the rest at
-// the end of the keys.
+// Widths of key tiles are multiples of the grain, or such a multiple less than a tile and the rest
+// at the end of the keys.
 std::size_t AttentionPlan::index(Kind kind, std::int64_t m, std::int64_t w, bool first) const {
   const std::int64_t widths = keys / grain + 1;
   const std::int64_t at = w % grain == 0 ? w / grain : widths + w / grain;
@@ -219,9 +221,8 @@ class Task {
     copy_rows(call_.v, kv_head_, 0, plan_.S, at<char>(scratch().v));
     has_bias_ = call_.mask != nullptr;
     for (std::int64_t j = 0; has_bias_ && j < plan_.S; ++j) {
-      at<float>(scratch().bias)[j] = call_.mask[b_ * plan_.S + j] != 0
-                                         ? 0.0f
-                                         : -std::numeric_limits<float>::infinity();
+      at<float>(scratch().bias)[j] =
+          call_.mask[b_ * plan_.S + j] != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
     }
   }
 
@@ -284,8 +285,8 @@ const float* Task::keep(std::int64_t head, std::int64_t first, std::int64_t m, R
   KeepTile t{};
   t.seed = call_.options.seed;
   t.blocks_a_row = parts(plan_.S, 4);
-  t.block = call_.options.offset + static_cast<std::uint64_t>(
-                                       ((b_ * call_.H + head) * call_.T + first) * t.blocks_a_row);
+  t.block = call_.options.offset +
+            static_cast<std::uint64_t>(((b_ * call_.H + head) * call_.T + first) * t.blocks_a_row);
   t.first_key = tile.begin;
   t.queries = m;
   t.keys = tile.end - tile.begin;
@@ -352,8 +353,8 @@ void Task::gradient_of_tile(std::int64_t head, std::int64_t first, std::int64_t 
         hidden ? 0 : static_cast<std::int32_t>(std::clamp<std::int64_t>(seen.end - first, 0, m));
   }
   gradient_tile({at<float>(scratch().scores), at<float>(scratch().products),
-                 at<char>(scratch().probabilities), at<char>(scratch().gradients), call_.dtype, w, m,
-                 begin, end, keep(head, first, m, tile, true), log_sum_exp(head, first),
+                 at<char>(scratch().probabilities), at<char>(scratch().gradients), call_.dtype, w,
+                 m, begin, end, keep(head, first, m, tile, true), log_sum_exp(head, first),
                  at<float>(scratch().rows), static_cast<float>(call_.options.scale)});
   const auto& sums = plan_.product(AttentionPlan::kKeySums, m, w, false);
   if (call_.dv.at != nullptr) {
@@ -407,8 +408,7 @@ void AttentionPlan::forward(const AttentionCall& call, void* workspace, std::int
   });
 }
 
-void AttentionPlan::backward(const AttentionCall& call, void* workspace,
-                             std::int64_t slots) const {
+void AttentionPlan::backward(const AttentionCall& call, void* workspace, std::int64_t slots) const {
   ScratchSlots scratch(workspace, slots, slot_bytes_);
   const std::int64_t group = call.H / call.K;
   parallel_for(call.B * call.K, 1, [&](std::int64_t task, std::int64_t) {

@@ -16,25 +16,24 @@ void expect_f32_or_bf16(std::string_view operation, std::string_view argument,
   }
 }
 
-// The row stride; of a matrix with no more than one row it says nothing and is made valid.
-std::int64_t matrix(std::string_view operation, std::string_view argument, const Tensor& tensor,
-                    Device device) {
+std::int64_t expect_matrix(std::string_view operation, std::string_view argument,
+                           const Tensor& tensor, Device device) {
   expect_f32_or_bf16(operation, argument, tensor);
   expect_device(operation, argument, tensor, device);
   if (tensor.rank() == 0) {
     fail(operation, "{} must be a matrix, got a scalar", argument);
   }
-  const std::int64_t stride = expect_rows(operation, argument, tensor);
-  return tensor.shape().rows() <= 1 ? tensor.shape().back() : stride;
+  return expect_rows(operation, argument, tensor);
 }
 
+// The product but for its strides.
 TileShape checked(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options,
                   const Tensor& bias) {
   constexpr std::string_view op = "matmul";
   TileShape s;
-  s.lda = matrix(op, "a", a, c.device());
-  s.ldb = matrix(op, "b", b, c.device());
-  s.ldc = matrix(op, "c", c, c.device());
+  expect_matrix(op, "a", a, c.device());
+  expect_matrix(op, "b", b, c.device());
+  expect_matrix(op, "c", c, c.device());
   s.transpose_a = options.transpose_a;
   s.transpose_b = options.transpose_b;
   s.accumulate = options.accumulate;
@@ -88,7 +87,7 @@ void fill_without_product(const Tensor& c, const MatmulOptions& options, const T
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options,
             const Tensor& bias) {
-  const TileShape s = checked(a, b, c, options, bias);
+  TileShape s = checked(a, b, c, options, bias);
   if (s.m == 0 || s.n == 0) {
     return;
   }
@@ -98,6 +97,16 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptio
   if (c.device().kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE("matmul", cuda::matmul(a, b, c, options, bias));
   }
+  // The library's order of sums changes with the strides, so all are made the same.
+  const Tensor dense_a = a.contiguous(MemoryKind::workspace);
+  const Tensor dense_b = b.contiguous(MemoryKind::workspace);
+  const Tensor dense_c =
+      options.accumulate  ? c.contiguous(MemoryKind::workspace)
+      : c.is_contiguous() ? c
+                          : Tensor::empty(c.shape(), c.dtype(), c.device(), MemoryKind::workspace);
+  s.lda = options.transpose_a ? s.m : s.k;
+  s.ldb = options.transpose_b ? s.k : s.n;
+  s.ldc = s.n;
   const int count = threads();
   const std::int64_t bytes = cpu::matmul_workspace_bytes(s, count);
   const Tensor workspace =
@@ -105,12 +114,15 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptio
   if (c.is_meta()) {
     return;
   }
-  cpu::matmul(s, a.raw(), b.raw(), c.raw(), bias.defined() ? bias.raw() : nullptr, workspace.raw(),
-              count);
+  cpu::matmul(s, dense_a.raw(), dense_b.raw(), dense_c.raw(), bias.defined() ? bias.raw() : nullptr,
+              workspace.raw(), count);
+  if (!dense_c.shares_storage(c)) {
+    c.copy_from(dense_c);
+  }
 }
 
 void column_sums(const Tensor& x, const Tensor& sums, bool accumulate) {
-  const std::int64_t stride = matrix("column_sums", "x", x, x.device());
+  const std::int64_t stride = expect_matrix("column_sums", "x", x, x.device());
   expect_f32_or_bf16("column_sums", "sums", sums);
   expect_shape("column_sums", "sums", sums, Shape{x.shape().back()}, "[N]");
   expect_device("column_sums", "sums", sums, x.device());

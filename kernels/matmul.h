@@ -6,7 +6,8 @@
 // Shapes: every argument is a matrix once its leading dimensions are taken together: A [.., K], or
 // [.., M] over K rows when transpose_a; B [K, N], or [N, K] when transpose_b; C [.., N]. Any size
 // may be 0: K = 0 gives zeros (or the bias, or C as it was).
-// Strides: rows of unit stride, any distance between rows.
+// Strides: rows of unit stride, any distance between rows; rows that are apart are copied to a
+// workspace.
 // Dtypes: A and B both f32 or both bf16; C f32 or bf16; bias f32 or bf16. Products accumulate in
 // f32 and are rounded once: with accumulate C is read, added in f32 and rounded. Aliasing: C must
 // not overlap A, B or bias. Sums: the order depends on the sizes and strides only, never on the
