@@ -41,6 +41,9 @@ struct MemoryReport {
   BytesByKind live{};                                   // by kind, now
   BytesByKind at_peak{};                                // by kind, at the moment of the peak
   BytesByKind peak{};                                   // the largest of each kind, whenever it was
+  // Of activations, saved values and workspace together, the most at one time: what a checkpoint
+  // policy can change.
+  std::int64_t peak_transient_bytes = 0;
   std::map<std::string, std::int64_t> peak_by_segment;  // bytes allocated under each label
 };
 
