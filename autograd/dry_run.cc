@@ -14,6 +14,7 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
   report.peak_bytes = used.peak_bytes;
   report.at_peak = used.at_peak;
   report.peak = used.peak;
+  report.peak_transient_bytes = used.peak_transient_bytes;
   report.tape = tape.report();
   report.forward_flops = report.tape.forward_flops;
   report.replay_flops = report.tape.replay_flops;

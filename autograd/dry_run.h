@@ -13,9 +13,10 @@
 namespace reprise {
 
 struct StepReport {
-  std::int64_t peak_bytes = 0;       // all kinds together, while the step ran
-  BytesByKind at_peak{};             // by kind, at that moment
-  BytesByKind peak{};                // the largest of each kind
+  std::int64_t peak_bytes = 0;            // all kinds together, while the step ran
+  BytesByKind at_peak{};                  // by kind, at that moment
+  BytesByKind peak{};                     // the largest of each kind
+  std::int64_t peak_transient_bytes = 0;  // of activations, saved values and workspace together
   std::int64_t forward_flops = 0, replay_flops = 0, backward_flops = 0;
   TapeReport tape;
 };

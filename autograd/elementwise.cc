@@ -137,8 +137,7 @@ class GatedSilu final : public Op {  // gate, up -> silu(gate) up
   std::string_view name() const override { return "gated_silu"; }
   void forward(Forward& run) const override {
     const Tensor& gate = run.input(0);
-    kernels::gated_silu(gate, run.input(1),
-                        run.output(0, gate.shape(), gate.dtype(), /*reuse=*/0));
+    kernels::gated_silu(gate, run.input(1), run.output(0, gate.shape(), gate.dtype(), /*reuse=*/0));
   }
   Saved saved(Mask) const override { return {.inputs = 0b11}; }
   void backward(Backward& run) const override {

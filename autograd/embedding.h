@@ -7,8 +7,8 @@
 
 namespace reprise {
 
-// Rows of table [V, C] for ids i64 [..]: [.., C]. The table's gradient is summed in the order of the
-// ids; the row `padding` gets none (-1: every row does). Saves the ids.
+// Rows of table [V, C] for ids i64 [..]: [.., C]. The table's gradient is summed in the order of
+// the ids; the row `padding` gets none (-1: every row does). Saves the ids.
 Variable embedding(Variable ids, Variable table, std::int64_t padding = -1);
 
 }  // namespace reprise

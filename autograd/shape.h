@@ -1,5 +1,5 @@
-// Views of Variables, and the copies that go with them. A view shares the memory of its input: it is
-// dropped and restored with it.
+// Views of Variables, and the copies that go with them. A view shares the memory of its input: it
+// is dropped and restored with it.
 //
 //   Variable q = reshape(slice(qkv, 2, 0, C), Shape{B, T, H, D});
 #pragma once
@@ -21,8 +21,8 @@ Variable transpose(Variable x, int a, int b);
 // x itself when its elements lie in row-major order, else a copy for which that holds.
 Variable contiguous(Variable x);
 
-// The parts one after the other along `dim`: a copy. They agree in dtype and all other sizes; at most
-// 16.
+// The parts one after the other along `dim`: a copy. They agree in dtype and all other sizes; at
+// most 16.
 Variable concat(std::span<Variable> parts, int dim);
 Variable concat(std::initializer_list<Variable> parts, int dim);
 

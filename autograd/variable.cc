@@ -169,7 +169,8 @@ class Detach final : public ViewOp {
 
 Variable detach(const Variable& x) {
   const Value& value = expect_defined(x.value(), "detach");
-  if (value.tape == nullptr || value.stale || current_tape == nullptr) {
+  // Also what is on another tape: there the error says "detach it".
+  if (value.tape == nullptr || current_tape == nullptr || value.tape != &current_tape->state()) {
     return Variable(x.tensor());
   }
   return apply(std::make_unique<Detach>(), {x});

@@ -22,7 +22,7 @@ endif()
 # Contraction would make results depend on the target that run-time dispatch chooses.
 add_library(reprise_flags INTERFACE)
 target_compile_options(reprise_flags INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow=local -ffp-contract=off>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers -Wshadow=local -ffp-contract=off>)
 if(REPRISE_WERROR)
   target_compile_options(reprise_flags INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)

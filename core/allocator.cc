@@ -30,6 +30,12 @@ std::string_view name(MemoryKind kind) {
 Allocator::Allocator(Device device, std::unique_ptr<MemorySource> source)
     : device_(device), source_(std::move(source)), start_(std::chrono::steady_clock::now()) {}
 
+std::int64_t Allocator::transient_bytes() const {
+  return live_[static_cast<std::size_t>(MemoryKind::activations)] +
+         live_[static_cast<std::size_t>(MemoryKind::saved)] +
+         live_[static_cast<std::size_t>(MemoryKind::workspace)];
+}
+
 void Allocator::count(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment) {
   const auto k = static_cast<std::size_t>(kind);
   live_bytes_ += delta_bytes;
@@ -38,6 +44,7 @@ void Allocator::count(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t s
   if (delta_bytes > 0) {
     peak_[k] = std::max(peak_[k], live_[k]);
     peak_by_label_[segment] = std::max(peak_by_label_[segment], live_by_label_[segment]);
+    peak_transient_bytes_ = std::max(peak_transient_bytes_, transient_bytes());
     if (live_bytes_ > peak_bytes_) {
       peak_bytes_ = live_bytes_;
       at_peak_ = live_;
@@ -103,7 +110,7 @@ void Allocator::reclassify(std::size_t bytes, MemoryKind from, MemoryKind to) no
 
 MemoryReport Allocator::report() const {
   std::lock_guard lock(mutex_);
-  MemoryReport report{live_bytes_, peak_bytes_, live_, at_peak_, peak_, {}};
+  MemoryReport report{live_bytes_, peak_bytes_, live_, at_peak_, peak_, peak_transient_bytes_, {}};
   for (std::size_t i = 1; i < labels_.size(); ++i) {
     report.peak_by_segment[labels_[i]] = peak_by_label_[i];
   }
@@ -114,6 +121,7 @@ void Allocator::reset_peak() {
   std::lock_guard lock(mutex_);
   peak_bytes_ = live_bytes_;
   at_peak_ = peak_ = live_;
+  peak_transient_bytes_ = transient_bytes();
   peak_by_label_ = live_by_label_;
 }
 

@@ -41,6 +41,9 @@ struct MemoryReport {
   BytesByKind live{};                                   // by kind, now
   BytesByKind at_peak{};                                // by kind, at the moment of the peak
   BytesByKind peak{};                                   // the largest of each kind, whenever it was
+  // Of activations, saved values and workspace together, the most at one time: what a checkpoint
+  // policy can change.
+  std::int64_t peak_transient_bytes = 0;
   std::map<std::string, std::int64_t> peak_by_segment;  // bytes allocated under each label
 };
 
@@ -97,7 +100,10 @@ class Allocator {
   const std::unique_ptr<MemorySource> source_;
   mutable std::mutex mutex_;
   std::int64_t live_bytes_ = 0, peak_bytes_ = 0;
+  std::int64_t transient_bytes() const;
+
   BytesByKind live_{}, at_peak_{}, peak_{};
+  std::int64_t peak_transient_bytes_ = 0;
   std::vector<std::string> labels_{""};
   std::map<std::string, std::uint32_t, std::less<>> label_ids_{{"", 0}};
   std::vector<std::int64_t> live_by_label_{0}, peak_by_label_{0};

@@ -2,6 +2,16 @@
 
 #include <omp.h>
 
+// GCC's OpenMP runtime is not instrumented: the thread sanitizer learns of fork and join from here.
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define REPRISE_HAPPENS_BEFORE(at) __tsan_release(at)
+#define REPRISE_HAPPENS_AFTER(at) __tsan_acquire(at)
+#else
+#define REPRISE_HAPPENS_BEFORE(at)
+#define REPRISE_HAPPENS_AFTER(at)
+#endif
+
 namespace reprise {
 
 int threads() {
@@ -21,10 +31,17 @@ void parallel_chunks(std::int64_t chunks, void (*body)(void*, std::int64_t), voi
     }
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1)
-  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-    body(context, chunk);
+  REPRISE_HAPPENS_BEFORE(context);
+#pragma omp parallel
+  {
+    REPRISE_HAPPENS_AFTER(context);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      body(context, chunk);
+    }
+    REPRISE_HAPPENS_BEFORE(&chunks);
   }
+  REPRISE_HAPPENS_AFTER(&chunks);
 }
 
 }  // namespace internal

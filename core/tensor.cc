@@ -47,6 +47,16 @@ void copy_loops(std::span<const Loop> loops, char* to, const char* from, std::in
   }
 }
 
+void zero_loops(std::span<const Loop> loops, char* at, std::int64_t bytes) {
+  if (loops.empty() || (loops.size() == 1 && loops.front().to_stride == 1)) {
+    std::memset(at, 0, static_cast<std::size_t>((loops.empty() ? 1 : loops.front().size) * bytes));
+    return;
+  }
+  for (std::int64_t i = 0; i < loops.front().size; ++i) {
+    zero_loops(loops.subspan(1), at + i * loops.front().to_stride * bytes, bytes);
+  }
+}
+
 template <class T>
 void fill(void* at, std::int64_t count, T value) {
   std::fill_n(static_cast<T*>(at), count, value);
@@ -323,7 +333,10 @@ void Tensor::zero() const {
   if (is_meta() || numel() == 0) {
     return;
   }
-  if (!is_contiguous()) {
+  if (!is_contiguous() && device_.kind != DeviceKind::cuda) {
+    zero_loops(merged_loops(shape_, strides_, strides_), static_cast<char*>(raw()),
+               static_cast<std::int64_t>(size_bytes(dtype_)));
+  } else if (!is_contiguous()) {
     copy_from(zeros(shape_, dtype_, device_, MemoryKind::workspace));
   } else if (device_.kind == DeviceKind::cuda) {
     cuda_zero(raw(), device_, static_cast<std::size_t>(bytes()));

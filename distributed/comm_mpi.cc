@@ -75,7 +75,7 @@ class Backoff {
 
 struct Transfer {
   MPI_Request request = MPI_REQUEST_NULL;
-  int peer = -1;             // -1: all ranks take part
+  int peer = -1;               // -1: all ranks take part
   std::int64_t expected = -1;  // bytes to receive
 };
 
@@ -170,6 +170,7 @@ class Engine {
   }
 
   void finalize() {
+    scratch_ = Tensor();
     check(MPI_Comm_free(&payload_), "MPI_Comm_free");
     check(MPI_Comm_free(&control_), "MPI_Comm_free");
     check(MPI_Finalize(), "MPI_Finalize");
@@ -226,7 +227,9 @@ class Engine {
       return std::string(reprise::name(static_cast<DType>(h.dtype)));
     });
     expect_equal("count", [&](const Header& h) { return number(h.count); });
-    expect_equal("reduction", [&](const Header& h) { return number(h.reduce); });
+    expect_equal("reduction", [](const Header& h) {
+      return std::string(h.reduce == 0 ? "sum" : h.reduce == 1 ? "max" : "min");
+    });
     expect_equal("root", [&](const Header& h) { return number(h.root); });
     expect_equal("sequence", [&](const Header& h) { return number(h.sequence); });
   }
@@ -270,9 +273,8 @@ class Engine {
       const Clock::time_point now = Clock::now();
       if (now > deadline_ || (hurried_ && now > hurried_deadline())) {
         throw CommunicatorError(fmt::format(
-            "[communicator] {} did not {} collective {} ({}) within {:.1f} s of rank {}",
-            missing(), verb, sequence_, what_,
-            std::chrono::duration<double>(options_.limit).count(), rank));
+            "[communicator] {} did not {} collective {} ({}) within {:.1f} s of rank {}", missing(),
+            verb, sequence_, what_, std::chrono::duration<double>(options_.limit).count(), rank));
       }
       backoff.pause();
     }
@@ -337,8 +339,8 @@ class Engine {
     const std::int64_t mine = bytes[self];
     if (!scratch_.defined() || scratch_.bytes() < mine * (size - 1)) {
       scratch_ = Tensor();
-      scratch_ = Tensor::empty({mine * (size - 1) / 8 + 1}, DType::i64, cpu,
-                              MemoryKind::communication);
+      scratch_ =
+          Tensor::empty({mine * (size - 1) / 8 + 1}, DType::i64, cpu, MemoryKind::communication);
     }
     char* buffer = static_cast<char*>(scratch_.raw());
     std::vector<const void*> parts;

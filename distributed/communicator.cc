@@ -27,8 +27,8 @@ void check_parts(std::string_view where, std::string_view large_name, const Tens
          name(small.dtype()));
   }
   if (large.numel() != small.numel() * size) {
-    fail(where, "{} must have {} ranks * {} elements = {}, got {}", large_name, size,
-         small.numel(), small.numel() * size, large.numel());
+    fail(where, "{} must have {} ranks * {} elements = {}, got {}", large_name, size, small.numel(),
+         small.numel() * size, large.numel());
   }
 }
 
@@ -136,8 +136,7 @@ Pending Communicator::barrier(Tag tag) {
   return start({Collective::Kind::barrier, Reduce::sum, 0, {}, {}, std::move(tag)});
 }
 
-double all_reduce_value(Communicator& communicator, double value, Reduce reduce,
-                        std::string what) {
+double all_reduce_value(Communicator& communicator, double value, Reduce reduce, std::string what) {
   const Tensor data = Tensor::full({1}, DType::f64, value, cpu, MemoryKind::communication);
   communicator.all_reduce(data, reduce, {std::move(what)}).wait();
   return data.item<double>();

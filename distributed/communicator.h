@@ -130,8 +130,7 @@ class Communicator {
 };
 
 // reduction over ranks of one number; waits.
-double all_reduce_value(Communicator& communicator, double value, Reduce reduce,
-                        std::string what);
+double all_reduce_value(Communicator& communicator, double value, Reduce reduce, std::string what);
 
 struct ConnectOptions {
   int expected_size = 0;  // as the launcher's environment says; 0: not known

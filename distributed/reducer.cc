@@ -339,8 +339,8 @@ void Reducer::bind_buckets(std::span<const std::int32_t> order) {
   std::vector<BucketEntry> entries;
   for (const std::int32_t i : order) {
     const auto index = static_cast<std::size_t>(i);
-    entries.push_back({index, parameters_[index]->value().numel(),
-                       parameters_[index]->grad_dtype()});
+    entries.push_back(
+        {index, parameters_[index]->value().numel(), parameters_[index]->grad_dtype()});
   }
   buckets_ = lay_out(entries, options_.buckets);
   bucket_states_.assign(buckets_.size(), {});
@@ -426,8 +426,7 @@ void Reducer::became_ready(Parameter& p) {
   log(ReducerEvent::Kind::ready, i);
   ++ready_count_;
   BucketState& bucket = bucket_states_[state.bucket];
-  ensure(bucket.left > 0, "reducer: bucket {} has no parameter left to become ready",
-         state.bucket);
+  ensure(bucket.left > 0, "reducer: bucket {} has no parameter left to become ready", state.bucket);
   --bucket.left;
   launch_ready();
 }

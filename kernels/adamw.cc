@@ -24,6 +24,7 @@ void check_settings(const AdamWSettings& s) {
   expect(s.beta1 >= 0 && s.beta1 < 1, "beta1", "in [0, 1)", s.beta1);
   expect(s.beta2 >= 0 && s.beta2 < 1, "beta2", "in [0, 1)", s.beta2);
   expect(s.epsilon >= 0, "epsilon", "0 or more", s.epsilon);
+  expect(true, "gradient_scale", "a number", s.gradient_scale);
 }
 
 void check_tensor(std::size_t place, const AdamWTensor& t, Device device) {

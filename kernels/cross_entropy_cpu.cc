@@ -47,17 +47,17 @@ HWY_INLINE float row_max(const T* x, std::int64_t count) {
   const FloatTag tag;
   const std::int64_t step = lanes();
   FloatVector m0 = hn::Set(tag, -kInfinity), m1 = m0;
-  auto bad = hn::Ne(m0, m0);
+  auto bad = hn::IsNaN(m0);
   std::int64_t i = 0;
   for (; i + 2 * step <= count; i += 2 * step) {
     const FloatVector a = load(x + i), b = load(x + i + step);
-    bad = hn::Or(bad, hn::Or(hn::Ne(a, a), hn::Ne(b, b)));
+    bad = hn::Or(bad, hn::Or(hn::IsNaN(a), hn::IsNaN(b)));
     m0 = hn::Max(m0, a);
     m1 = hn::Max(m1, b);
   }
   for (; i < count; i += step) {
     const FloatVector a = i + step <= count ? load(x + i) : load_last(x + i, count - i);
-    bad = hn::Or(bad, hn::Ne(a, a));
+    bad = hn::Or(bad, hn::IsNaN(a));
     m0 = hn::Max(m0, a);
   }
   return hn::AllFalse(tag, bad) ? hn::GetLane(hn::MaxOfLanes(tag, hn::Max(m0, m1))) : kNaN;
@@ -130,7 +130,7 @@ HWY_INLINE void row_gradient(const T* x, std::int64_t count, std::int64_t label,
     std::fill_n(dx, count, nan);
     return;
   }
-  // exp - 1 of its own, since subtracting would cancel where the label is nearly certain.
+  // Not the exponential less 1: that cancels where the label is nearly certain.
   const float at_label =
       factor * std::expm1(as_float(x[label]) - lse) + (accumulate ? as_float(dx[label]) : 0.0f);
   const Softmax softmax{lse, factor};

@@ -78,7 +78,7 @@ void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStrea
 
 template <class T>
 T* dynamic_shared() {
-  return static_cast<T*>(simt::dynamic_shared());
+  return static_cast<T*>(simt::dynamic_shared_memory());
 }
 
 #endif

@@ -15,8 +15,8 @@ namespace reprise::kernels {
 // y[i] = table[ids[i]]: a copy.
 void embedding(const Tensor& ids, const Tensor& table, const Tensor& y);
 
-// dtable[v] = sum of dy[i] over the i with ids[i] = v, in f32, in the order of i; rows without an id
-// are 0, or as before with `accumulate`. Row `padding` gets nothing (-1: there is none).
+// dtable[v] = sum of dy[i] over the i with ids[i] = v, in f32, in the order of i; rows without an
+// id are 0, or as before with `accumulate`. Row `padding` gets nothing (-1: there is none).
 // Workspace: 16 bytes an id.
 void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t padding,
                         const Tensor& dtable, bool accumulate);

@@ -53,7 +53,7 @@ void check(const Tensor& x, const Tensor& w, const Tensor& labels, const Tensor&
   }
   if (dw.defined()) {
     if (dw.dtype() != DType::f32 && dw.dtype() != w.dtype()) {
-      fail(kOperation, "dw must be f32 or {}, got {}", name(w.dtype()), name(dw.dtype()));
+      fail(kOperation, "dw must be f32, or {} as w, got {}", name(w.dtype()), name(dw.dtype()));
     }
     expect_gradient("dw", dw, w, "[V, C]");
     expect_contiguous(kOperation, "dw", dw);

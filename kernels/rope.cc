@@ -10,8 +10,9 @@ namespace {
 
 cpu::Heads heads(std::string_view argument, const Tensor& x) {
   if (x.strides()[3] != 1 && x.size(3) > 1 && x.numel() > 0) {
-    fail("rope", "{} must have unit stride within a head, got shape {} with other strides: call "
-                 "contiguous()",
+    fail("rope",
+         "{} must have unit stride within a head, got shape {} with other strides: call "
+         "contiguous()",
          argument, to_string(x.shape()));
   }
   const bool elements = !x.is_meta() && x.numel() > 0;

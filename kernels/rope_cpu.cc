@@ -10,7 +10,7 @@ HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kPairs = 128;                          // of a block
+constexpr std::int64_t kPairs = 128;                           // of a block
 constexpr std::int64_t kRoom = HWY_MAX_BYTES / sizeof(float);  // whole vectors may run over
 
 // Angles are reduced in double, half a vector of f32 at a time.
@@ -62,8 +62,8 @@ void turn(float position, const float* inv_freq, std::int64_t count, const RopeC
     const auto n = hn::DemoteTo(IntegerTag(), turns);
     const auto r = hn::DemoteTo(tag, left);
     const auto s = sine(r), c = cosine(r);
-    const auto odd = hn::RebindMask(
-        tag, hn::Ne(hn::And(n, hn::Set(IntegerTag(), 1)), hn::Zero(IntegerTag())));
+    const auto odd =
+        hn::RebindMask(tag, hn::Ne(hn::And(n, hn::Set(IntegerTag(), 1)), hn::Zero(IntegerTag())));
     const auto sine_of = signed_by(n, hn::IfThenElse(odd, c, s));
     const auto cosine_of =
         signed_by(hn::Add(n, hn::Set(IntegerTag(), 1)), hn::IfThenElse(odd, s, c));

@@ -71,7 +71,7 @@ HWY_INLINE FloatVector load_first(const T* from, std::int64_t count) {
 
 template <class T>
 HWY_INLINE void store_first(FloatVector value, T* to, std::int64_t count) {
-  HWY_ALIGN T buffer[HWY_MAX_BYTES / sizeof(float)];
+  HWY_ALIGN T buffer[HWY_MAX_BYTES / sizeof(float)] = {};
   store(value, buffer);
   for (std::int64_t i = 0; i < count; ++i) {
     to[i] = buffer[i];

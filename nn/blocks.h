@@ -1,7 +1,7 @@
-// The one function that runs a stack of blocks. It opens a segment a block, "NAME.0", "NAME.1", ...,
-// or, when the policies of the current tape say nested, segments nested by halves, "NAME.0-3" around
-// "NAME.0-1" around "NAME.0": then O(log n) inputs of blocks are held at a time instead of n. A
-// model's code has no other trace of checkpointing.
+// The one function that runs a stack of blocks. It opens a segment a block, "NAME.0", "NAME.1",
+// ..., or, when the policies of the current tape say nested, segments nested by halves, "NAME.0-3"
+// around "NAME.0-1" around "NAME.0": then O(log n) inputs of blocks are held at a time instead of
+// n. A model's code has no other trace of checkpointing.
 //
 //   x = run_blocks("h", blocks, std::move(x), [&](Gpt2Block& block, Variable x) {
 //     return block(std::move(x), batch);

@@ -1,5 +1,5 @@
-// Random values for new parameters. Element i depends on (seed, offset + i / 4) only: neither on the
-// thread count nor on the device. On meta the range of the stream is reserved all the same.
+// Random values for new parameters. Element i depends on (seed, offset + i / 4) only: neither on
+// the thread count nor on the device. On meta the range of the stream is reserved all the same.
 #pragma once
 
 #include "core/philox.h"

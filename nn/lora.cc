@@ -27,15 +27,13 @@ std::regex compile(const std::string& pattern, std::string_view argument) {
 }
 
 bool ends_path(std::string_view path, std::string_view name) {
-  return path == name ||
-         (path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
+  return path == name || (path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
 }
 
 bool matches(const ModulePattern& pattern, const std::string& path, std::string_view argument) {
   return std::any_of(pattern.names.begin(), pattern.names.end(),
                      [&](const std::string& name) { return ends_path(path, name); }) ||
-         (!pattern.regex.empty() &&
-          std::regex_match(path, compile(pattern.regex, argument)));
+         (!pattern.regex.empty() && std::regex_match(path, compile(pattern.regex, argument)));
 }
 
 // Whether the path lies in one of the wanted blocks. A regex for targets is not filtered.
@@ -60,8 +58,8 @@ bool in_layers(const LoraConfig& config, const std::string& path) {
 
 // The value of the first pattern that matches the end of the path.
 template <class T>
-T chosen(const std::vector<std::pair<std::string, T>>& patterns, const std::string& path, T otherwise,
-         std::string_view argument) {
+T chosen(const std::vector<std::pair<std::string, T>>& patterns, const std::string& path,
+         T otherwise, std::string_view argument) {
   for (const auto& [pattern, value] : patterns) {
     if (std::regex_match(path, compile("(.*\\.)?(" + pattern + ")", argument))) {
       return value;
@@ -99,7 +97,8 @@ bool is_target(Model& model, const LoraConfig& config, const ModulePattern& targ
   const bool any = config.all_linear && dynamic_cast<Linear*>(entry.module) != nullptr &&
                    entry.module != model.head();
   return (any || matches(targets, entry.path, "target_modules")) && in_layers(config, entry.path) &&
-         !matches(config.exclude, entry.path, "exclude_modules") && !below_saved(config, entry.path);
+         !matches(config.exclude, entry.path, "exclude_modules") &&
+         !below_saved(config, entry.path);
 }
 
 void check(const LoraConfig& config) {
@@ -219,7 +218,7 @@ Variable Lora::operator()(Variable y, Variable x) const {
   if (generator() != nullptr && dropout_ > 0) {
     x = dropout(std::move(x), dropout_, *generator());
   }
-  Variable u = linear(std::move(x), a, {});                   // [.., R]
+  Variable u = linear(std::move(x), a, {});  // [.., R]
   if (scale_ != 1) {
     u = reprise::scale(std::move(u), scale_);
   }
@@ -254,9 +253,8 @@ void add_lora(Model& model, const LoraConfig& config, Generator& generator) {
   for (const std::string& name : config.modules_to_save) {
     refuse_tied(model, name, "modules_to_save");
     const auto modules = model.named_modules();
-    if (std::none_of(modules.begin(), modules.end(), [&](const NamedModule& entry) {
-          return entry.path.ends_with(name);
-        })) {
+    if (std::none_of(modules.begin(), modules.end(),
+                     [&](const NamedModule& entry) { return entry.path.ends_with(name); })) {
       fail("lora", "modules_to_save names {}, which this {} does not have", name, model.type());
     }
   }

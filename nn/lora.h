@@ -7,9 +7,9 @@
 //
 //   y = W x + b + s B(A(dropout(x))),   A [R, in], B [out, R],  s = alpha / R or alpha / sqrt(R)
 //
-// A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zeros: at first the model is unchanged and only B has a
-// gradient. Everything but the adapters (and what the config names besides) is frozen: a frozen weight
-// has no gradient, and its layer keeps no input for one.
+// A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zeros: at first the model is unchanged and only B
+// has a gradient. Everything but the adapters (and what the config names besides) is frozen: a
+// frozen weight has no gradient, and its layer keeps no input for one.
 //
 // A module that is saved along (modules_to_save) is trained in place; PEFT trains a copy of it.
 // Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
@@ -24,7 +24,6 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-
 #include "autograd/variable.h"
 #include "nn/models/model.h"
 #include "nn/module.h"
@@ -49,19 +48,19 @@ struct LoraConfig {
   std::int64_t rank = 8;
   double alpha = 8;
   double dropout = 0;
-  bool rank_stabilized = false;                // s = alpha / sqrt(R)
+  bool rank_stabilized = false;  // s = alpha / sqrt(R)
   LoraInit init = LoraInit::usual;
   // Nothing: q_proj and v_proj, or c_attn for GPT-2.
   ModulePattern targets, exclude;
-  bool all_linear = false;                     // every Linear but the head
-  std::vector<std::string> modules_to_save;    // trained besides; ends of paths
-  std::vector<std::int64_t> layers;            // only these blocks; empty: all
-  std::vector<std::string> layer_lists;        // the lists that `layers` counts in: "h"
+  bool all_linear = false;                   // every Linear but the head
+  std::vector<std::string> modules_to_save;  // trained besides; ends of paths
+  std::vector<std::int64_t> layers;          // only these blocks; empty: all
+  std::vector<std::string> layer_lists;      // the lists that `layers` counts in: "h"
   // Other ranks and alphas where the regex matches the end of the path after a dot; the first
   // match counts.
   std::vector<std::pair<std::string, std::int64_t>> ranks;
   std::vector<std::pair<std::string, double>> alphas;
-  std::string bias = "none";                   // or "all", or "lora_only": biases trained besides
+  std::string bias = "none";  // or "all", or "lora_only": biases trained besides
   std::optional<std::string> task = "CAUSAL_LM", base_model;
 };
 

@@ -24,10 +24,13 @@ std::string inside(const std::string& folder, std::string_view file) {
 
 // Variants of LoRA that change what an adapter means; off and absent are the same.
 constexpr std::string_view kOther[] = {
-    "use_dora",        "lora_bias",         "use_qalora",  "use_bdlora",
-    "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "kasa_config", "velora_config", "monteclora_config",
-    "arrow_config",    "megatron_config",
+    "use_dora",          "lora_bias",
+    "use_qalora",        "use_bdlora",
+    "layer_replication", "trainable_token_indices",
+    "target_parameters", "alora_invocation_tokens",
+    "kasa_config",       "velora_config",
+    "monteclora_config", "arrow_config",
+    "megatron_config",
 };
 
 // A list of names, or one string which is a regex ("all-linear" aside).
@@ -131,16 +134,13 @@ std::map<std::string, Parameter*> by_key(Model& model, const LoraConfig& config,
 }  // namespace
 
 std::string to_json(const LoraConfig& config, const Model& model) {
-  nlohmann::json json = {{"peft_type", "LORA"},
-                         {"r", config.rank},
-                         {"lora_alpha", config.alpha},
-                         {"lora_dropout", config.dropout},
-                         {"bias", config.bias},
-                         {"inference_mode", true}};
+  nlohmann::json json = {{"peft_type", "LORA"},        {"r", config.rank},
+                         {"lora_alpha", config.alpha}, {"lora_dropout", config.dropout},
+                         {"bias", config.bias},        {"inference_mode", true}};
   json["task_type"] = config.task ? nlohmann::json(*config.task) : nlohmann::json();
   json["base_model_name_or_path"] =
       config.base_model ? nlohmann::json(*config.base_model) : nlohmann::json();
-  json["target_modules"] = config.all_linear          ? nlohmann::json("all-linear")
+  json["target_modules"] = config.all_linear        ? nlohmann::json("all-linear")
                            : config.targets.empty() ? nlohmann::json()
                                                     : pattern_json(config.targets);
   // Readers of older releases refuse keys that they do not know: only what differs is written.

@@ -9,7 +9,9 @@ RmsNorm::RmsNorm(std::int64_t width, double epsilon, Place place)
   add("weight", weight);
 }
 
-Variable RmsNorm::operator()(Variable x) const { return rms_norm(std::move(x), weight, epsilon_); }
+Variable RmsNorm::operator()(Variable x) const {
+  return rms_norm(std::move(x), weight, epsilon_);
+}
 
 Normed RmsNorm::operator()(Variable x, Variable residual) const {
   return rms_norm_residual(std::move(x), std::move(residual), weight, epsilon_);

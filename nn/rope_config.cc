@@ -16,9 +16,8 @@ void read_llama3(JsonReader& json, RopeConfig& rope) {
   rope.high_frequency = json.number("high_freq_factor");
   rope.original_positions = json.integer_from(1, "original_max_position_embeddings");
   if (json.status().ok() && rope.high_frequency <= rope.low_frequency) {
-    json.refuse("high_freq_factor",
-                fmt::format("must be above low_freq_factor = {}, got {}", rope.low_frequency,
-                            rope.high_frequency));
+    json.refuse("high_freq_factor", fmt::format("must be above low_freq_factor = {}, got {}",
+                                                rope.low_frequency, rope.high_frequency));
   }
 }
 
@@ -110,11 +109,11 @@ void scale_yarn(const RopeConfig& rope, std::vector<float>& frequencies) {
   }
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     const float ramp = std::clamp(
-        (static_cast<float>(i) - static_cast<float>(first)) / static_cast<float>(last - first), 0.0f,
-        1.0f);
+        (static_cast<float>(i) - static_cast<float>(first)) / static_cast<float>(last - first),
+        0.0f, 1.0f);
     const float kept = 1 - ramp;
-    frequencies[i] = frequencies[i] / static_cast<float>(rope.factor) * (1 - kept) +
-                     frequencies[i] * kept;
+    frequencies[i] =
+        frequencies[i] / static_cast<float>(rope.factor) * (1 - kept) + frequencies[i] * kept;
   }
 }
 
@@ -136,10 +135,11 @@ RopeConfig read_rope(JsonReader& json, std::int64_t head_size, std::int64_t max_
     json.refuse("rope_theta", fmt::format("must be above 1, got {}", rope.theta));
   }
   if (json.status().ok() && (rope.dim % 2 != 0 || rope.dim <= 0 || rope.dim > head_size)) {
-    json.refuse("partial_rotary_factor",
-                fmt::format("must leave an even number of rotated elements from 2 to head_dim = {}, "
-                            "got {}",
-                            head_size, rope.dim));
+    json.refuse(
+        "partial_rotary_factor",
+        fmt::format("must leave an even number of rotated elements from 2 to head_dim = {}, "
+                    "got {}",
+                    head_size, rope.dim));
   }
   read_scaling(parameters, rope);
   if (json.status().ok() && rope.scaling == RopeScaling::dynamic && rope.dim == 2) {

@@ -76,6 +76,11 @@ std::vector<Tensor> draw_inputs(const OpCase& op, DType dtype, Device device, bo
 // Numbers N(0, 1) that `seed` stands for, rounded to `dtype`.
 Tensor draw_normal(std::uint64_t seed, const Shape& shape, DType dtype, Device device);
 
+// Sets a way in which the device may schedule work that must not change a result, 0 .. count - 1;
+// the tests run under each of them. 0 is the usual one.
+int schedule_count(Device device);
+void set_schedule(Device device, int schedule);
+
 // All elements of a tensor on any device, of any dtype.
 Array to_array(const Tensor& tensor);
 

@@ -1,4 +1,5 @@
 // The op table: one line a family.
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -7,12 +8,19 @@
 namespace reprise::testing {
 
 std::vector<OpCase> attention_cases();
+std::vector<OpCase> dropout_cases();
+std::vector<OpCase> elementwise_cases();
+std::vector<OpCase> embedding_cases();
+std::vector<OpCase> losses_cases();
 std::vector<OpCase> matmul_cases();
 std::vector<OpCase> norm_cases();
+std::vector<OpCase> rope_cases();
+std::vector<OpCase> shape_cases();
 
 std::vector<OpCase> all_op_cases() {
   std::vector<OpCase> all;
-  for (const auto family : {attention_cases, matmul_cases, norm_cases}) {
+  for (const auto family : {attention_cases, dropout_cases, elementwise_cases, embedding_cases,
+                            losses_cases, matmul_cases, norm_cases, rope_cases, shape_cases}) {
     std::vector<OpCase> cases = family();
     std::ranges::move(cases, std::back_inserter(all));
   }

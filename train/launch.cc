@@ -107,8 +107,8 @@ std::string family(const std::string& text) {
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
   }
-  std::vector<std::string> words{mpirun,   "-n", std::to_string(launch.ranks), "--bind-to", "none",
-                                 self};
+  std::vector<std::string> words{mpirun,      "-n",   std::to_string(launch.ranks),
+                                 "--bind-to", "none", self};
   words.insert(words.end(), launch.arguments.begin(), launch.arguments.end());
   std::vector<char*> arguments;
   for (std::string& word : words) {
@@ -223,10 +223,9 @@ absl::StatusOr<World> find_world(const Environment& environment) {
     if (environment(source.rank) == nullptr) {
       continue;
     }
-    for (const auto& [name, value] : {std::pair(source.rank, &world.rank),
-                                      std::pair(source.size, &size),
-                                      std::pair(source.local_rank, &local_rank),
-                                      std::pair(source.local_size, &local_size)}) {
+    for (const auto& [name, value] :
+         {std::pair(source.rank, &world.rank), std::pair(source.size, &size),
+          std::pair(source.local_rank, &local_rank), std::pair(source.local_size, &local_size)}) {
       if (absl::Status status = read(environment, name, *value); !status.ok()) {
         return status;
       }

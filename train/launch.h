@@ -2,7 +2,8 @@
 //
 //   absl::StatusOr<Launch> launch = plan_launch(argc, argv);       // takes `--ranks N` out
 //   if (launch->ranks > 1) return supervise(*launch);               // this process only watches
-//   absl::StatusOr<std::unique_ptr<distributed::Communicator>> communicator = connect(launch->world);
+//   absl::StatusOr<std::unique_ptr<distributed::Communicator>> communicator =
+//   connect(launch->world);
 #pragma once
 
 #include <chrono>
@@ -37,7 +38,7 @@ absl::StatusOr<World> find_world();  // of this process
 
 struct Launch {
   World world;
-  int ranks = 0;                        // asked for by --ranks; 0 and 1: no others to start
+  int ranks = 0;                       // asked for by --ranks; 0 and 1: no others to start
   std::vector<std::string> arguments;  // as given, without the program and without --ranks
 };
 

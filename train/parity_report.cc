@@ -24,7 +24,7 @@ std::string to_text(const ParityReport& report) {
     text += fmt::format("{:>9} {:>9} {:>9}\n", "relative", "absolute", "allowed");
   }
   for (const ParityRow& row : report.rows) {
-    text += fmt::format("{:9.2e} {:9.2e} {:9.0e}{} {}{}\n", row.relative, row.absolute,
+    text += fmt::format("{:9.2e} {:9.2e} {:9.2g}{} {}{}\n", row.relative, row.absolute,
                         row.tolerance, row.within ? "     " : " MISS", row.key,
                         row.zero ? " (reference is zero: absolute)" : "");
   }

@@ -13,14 +13,6 @@
 namespace reprise::train {
 namespace {
 
-std::int64_t activation_bytes(const StepReport& step) {
-  std::int64_t bytes = 0;
-  for (MemoryKind kind : {MemoryKind::activations, MemoryKind::saved, MemoryKind::workspace}) {
-    bytes += step.at_peak[static_cast<std::size_t>(kind)];
-  }
-  return bytes;
-}
-
 void zero_gradients(nn::Model& model) {
   for (Parameter* p : model.parameters()) {
     p->zero_gradient();
@@ -74,7 +66,7 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
       times.push_back(
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
               .count());
-      row.measured_bytes = activation_bytes(step);
+      row.measured_bytes = step.peak_transient_bytes;
       row.replayed_records = step.tape.replayed_records;
     }
     std::ranges::sort(times);

@@ -14,7 +14,7 @@ namespace reprise::train {
 
 struct PolicyRow {
   std::string policy;
-  std::int64_t predicted_bytes = 0;  // activations, saved values and workspace at the peak
+  std::int64_t predicted_bytes = 0;  // activations, saved values and workspace, at most
   std::int64_t measured_bytes = 0;
   double step_ms = 0;  // forward and backward, median
   std::int64_t replayed_records = 0;

@@ -10,14 +10,36 @@
 
 namespace reprise::nn {
 
-Variable attend(Variable q, Variable k, Variable v, const Batch& batch, const AttendOptions& options) {
-  const std::int64_t B = q.size(0), T = q.size(1);
-  std::vector<float> visible;
-  for (std::int64_t b = 0; b < B; ++b)
-    for (std::int64_t i = 0; i < T; ++i)
-      for (std::int64_t j = 0; j < T; ++j)
-        visible.push_back(j <= i && (!batch.mask.defined() || batch.mask.data<std::int64_t>()[b * T + j] != 0) && (options.window == 0 || i - options.window < j));
-  return naive_attention(q, k, v, Tensor::from(visible, Shape{B, T, T}), options.scale);
+Visible visible_of(const Batch& batch) {
+  Visible visible{batch.mask, {}};
+  if (batch.starts.empty()) {
+    return visible;
+  }
+  const std::int64_t B = batch.ids.size(0), T = batch.ids.size(1);
+  std::vector<std::int64_t> documents;
+  for (const std::vector<std::int64_t>& row : batch.starts) {
+    std::size_t text = 0;
+    for (std::int64_t t = 0; t < T; ++t) {
+      while (text + 1 < row.size() && row[text + 1] <= t) {
+        ++text;
+      }
+      documents.push_back(static_cast<std::int64_t>(text));
+    }
+  }
+  visible.documents = Tensor::from(documents, Shape{B, T}, batch.ids.device());
+  return visible;
+}
+
+Variable attend(Variable q, Variable k, Variable v, const Visible& visible,
+                const AttendOptions& options) {
+  return attention(std::move(q), std::move(k), std::move(v),
+                   {.scale = options.scale,
+                    .causal = true,
+                    .window = options.window,
+                    .mask = visible.mask,
+                    .documents = visible.documents,
+                    .dropout = options.generator != nullptr ? options.dropout : 0,
+                    .generator = options.generator});
 }
 
 Variable drop(Variable x, double probability, Generator* generator) {

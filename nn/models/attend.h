@@ -1,5 +1,5 @@
-// What the decoders share around attention: masks and packed texts of a batch, dropout that is off in
-// evaluation, values of new parameters.
+// What the decoders share around attention: masks and packed texts of a batch, dropout that is off
+// in evaluation, values of new parameters.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,13 @@
 
 namespace reprise::nn {
 
+// Which keys a query may see besides what causality says: made once a forward, read by every block.
+struct Visible {
+  Tensor mask;       // i64 [B, T]; absent: all
+  Tensor documents;  // i64 [B, T], the number of the text in its row; absent: one text a row
+};
+Visible visible_of(const Batch& batch);
+
 struct AttendOptions {
   double scale = 1;
   double dropout = 0;              // on the probabilities
@@ -19,9 +26,9 @@ struct AttendOptions {
   std::int64_t window = 0;         // keys j with i - window < j; 0: all
 };
 
-// Causal attention within the texts and the mask of the batch.
-// q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
-Variable attend(Variable q, Variable k, Variable v, const Batch& batch, const AttendOptions& options);
+// Causal attention. q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D].
+Variable attend(Variable q, Variable k, Variable v, const Visible& visible,
+                const AttendOptions& options);
 
 // Without a generator, or at probability 0, x itself.
 Variable drop(Variable x, double probability, Generator* generator);

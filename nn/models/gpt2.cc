@@ -11,7 +11,6 @@
 #include "autograd/shape.h"
 #include "nn/blocks.h"
 #include "nn/initialize.h"
-#include "nn/models/attend.h"
 
 namespace reprise::nn {
 
@@ -33,7 +32,8 @@ Gpt2Config read_gpt2_config(JsonReader& json) {
   config.scale_by_layer = json.boolean("scale_attn_by_inverse_layer_idx", false);
   config.tied = json.boolean("tie_word_embeddings", true);
   if (json.status().ok() && config.width % config.heads != 0) {
-    json.refuse("n_head", fmt::format("must divide n_embd = {}, got {}", config.width, config.heads));
+    json.refuse("n_head",
+                fmt::format("must divide n_embd = {}, got {}", config.width, config.heads));
   }
   if (json.boolean("add_cross_attention", false)) {
     json.refuse("add_cross_attention", "must be false: there is no encoder to attend to");
@@ -57,16 +57,16 @@ Gpt2Attention::Gpt2Attention(const Gpt2Config& config, std::int64_t layer, Place
   }
 }
 
-Variable Gpt2Attention::operator()(Variable x, const Batch& batch) const {
+Variable Gpt2Attention::operator()(Variable x, const Visible& visible) const {
   const std::int64_t B = x.size(0), T = x.size(1), C = x.size(2);
   const Shape heads{B, T, heads_, C / heads_};
-  Variable qkv = c_attn(std::move(x));                            // [B, T, 3C]
-  Variable q = reshape(slice(qkv, 2, 0, C), heads);               // [B, T, H, D]
-  Variable k = reshape(slice(qkv, 2, C, 2 * C), heads);           // [B, T, H, D]
+  Variable qkv = c_attn(std::move(x));                                  // [B, T, 3C]
+  Variable q = reshape(slice(qkv, 2, 0, C), heads);                     // [B, T, H, D]
+  Variable k = reshape(slice(qkv, 2, C, 2 * C), heads);                 // [B, T, H, D]
   Variable v = reshape(slice(std::move(qkv), 2, 2 * C, 3 * C), heads);  // [B, T, H, D]
-  Variable a = attend(std::move(q), std::move(k), std::move(v), batch,
+  Variable a = attend(std::move(q), std::move(k), std::move(v), visible,
                       {.scale = scale_, .dropout = attention_dropout_, .generator = generator()});
-  Variable y = c_proj(reshape(std::move(a), Shape{B, T, C}));     // [B, T, C]
+  Variable y = c_proj(reshape(std::move(a), Shape{B, T, C}));  // [B, T, C]
   return drop(std::move(y), residual_dropout_, generator());
 }
 
@@ -80,7 +80,7 @@ Gpt2Mlp::Gpt2Mlp(const Gpt2Config& config, Place place)
 }
 
 Variable Gpt2Mlp::operator()(Variable x) const {
-  Variable f = activate(activation_, c_fc(std::move(x)));         // [B, T, F]
+  Variable f = activate(activation_, c_fc(std::move(x)));             // [B, T, F]
   return drop(c_proj(std::move(f)), residual_dropout_, generator());  // [B, T, C]
 }
 
@@ -95,10 +95,10 @@ Gpt2Block::Gpt2Block(const Gpt2Config& config, std::int64_t layer, Place place)
   add("mlp", mlp);
 }
 
-Variable Gpt2Block::operator()(Variable x, const Batch& batch) const {
-  Variable a = attn(ln_1(x), batch);                              // [B, T, C]
-  Normed n = ln_2(std::move(a), std::move(x));                    // sum = a + x
-  return reprise::add(mlp(std::move(n.y)), std::move(n.sum));     // [B, T, C]
+Variable Gpt2Block::operator()(Variable x, const Visible& visible) const {
+  Variable a = attn(ln_1(x), visible);                         // [B, T, C]
+  Normed n = ln_2(std::move(a), std::move(x));                 // sum = a + x
+  return reprise::add(mlp(std::move(n.y)), std::move(n.sum));  // [B, T, C]
 }
 
 Gpt2Trunk::Gpt2Trunk(const Gpt2Config& config, Place place)
@@ -116,11 +116,13 @@ Gpt2Trunk::Gpt2Trunk(const Gpt2Config& config, Place place)
 }
 
 Variable Gpt2Trunk::operator()(const Batch& batch, const Tensor& positions) const {
-  Variable x = reprise::add(wte(batch.ids), wpe(positions));      // [B, T, C]
+  Variable x = reprise::add(wte(batch.ids), wpe(positions));  // [B, T, C]
   x = drop(std::move(x), embedding_dropout_, generator());
-  x = run_blocks("h", h, std::move(x),
-                 [&](const Gpt2Block& block, Variable in) { return block(std::move(in), batch); });
-  return ln_f(std::move(x));                                      // [B, T, C]
+  const Visible visible = visible_of(batch);
+  x = run_blocks("h", h, std::move(x), [&](const Gpt2Block& block, Variable in) {
+    return block(std::move(in), visible);
+  });
+  return ln_f(std::move(x));  // [B, T, C]
 }
 
 Gpt2::Gpt2(const Gpt2Config& config, Place place) : transformer(config, place), config_(config) {
@@ -134,7 +136,7 @@ Gpt2::Gpt2(const Gpt2Config& config, Place place) : transformer(config, place), 
 
 Variable Gpt2::hidden(const Batch& batch) {
   check(batch);
-  return transformer(batch, positions_of(batch));
+  return transformer(batch, positions_of(batch, /*every_row=*/true));
 }
 
 void Gpt2::initialize(Generator& generator) {
@@ -152,25 +154,24 @@ bool Gpt2::is_buffer(std::string_view key) const {
 }
 
 std::string Gpt2::write_config() const {
-  const nlohmann::json json = {
-      {"model_type", "gpt2"},
-      {"architectures", {"GPT2LMHeadModel"}},
-      {"vocab_size", config_.vocabulary},
-      {"n_positions", config_.positions},
-      {"n_ctx", config_.positions},
-      {"n_embd", config_.width},
-      {"n_layer", config_.layers},
-      {"n_head", config_.heads},
-      {"n_inner", config_.inner},
-      {"activation_function", name(config_.activation)},
-      {"layer_norm_epsilon", config_.epsilon},
-      {"embd_pdrop", config_.embedding_dropout},
-      {"attn_pdrop", config_.attention_dropout},
-      {"resid_pdrop", config_.residual_dropout},
-      {"initializer_range", config_.initializer_range},
-      {"scale_attn_weights", config_.scale_attention},
-      {"scale_attn_by_inverse_layer_idx", config_.scale_by_layer},
-      {"tie_word_embeddings", config_.tied}};
+  const nlohmann::json json = {{"model_type", "gpt2"},
+                               {"architectures", {"GPT2LMHeadModel"}},
+                               {"vocab_size", config_.vocabulary},
+                               {"n_positions", config_.positions},
+                               {"n_ctx", config_.positions},
+                               {"n_embd", config_.width},
+                               {"n_layer", config_.layers},
+                               {"n_head", config_.heads},
+                               {"n_inner", config_.inner},
+                               {"activation_function", name(config_.activation)},
+                               {"layer_norm_epsilon", config_.epsilon},
+                               {"embd_pdrop", config_.embedding_dropout},
+                               {"attn_pdrop", config_.attention_dropout},
+                               {"resid_pdrop", config_.residual_dropout},
+                               {"initializer_range", config_.initializer_range},
+                               {"scale_attn_weights", config_.scale_attention},
+                               {"scale_attn_by_inverse_layer_idx", config_.scale_by_layer},
+                               {"tie_word_embeddings", config_.tied}};
   return json.dump(2) + "\n";
 }
 

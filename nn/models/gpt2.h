@@ -9,25 +9,26 @@
 #include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/models/activation.h"
+#include "nn/models/attend.h"
 #include "nn/models/model.h"
 #include "nn/norm.h"
 
 namespace reprise::nn {
 
 struct Gpt2Config {
-  std::int64_t vocabulary = 50257;        // V   vocab_size
-  std::int64_t positions = 1024;          //     n_positions
-  std::int64_t width = 768;               // C   n_embd
-  std::int64_t layers = 12;               //     n_layer
-  std::int64_t heads = 12;                // H   n_head
-  std::int64_t inner = 4 * 768;           // F   n_inner, or 4 C
+  std::int64_t vocabulary = 50257;                // V   vocab_size
+  std::int64_t positions = 1024;                  //     n_positions
+  std::int64_t width = 768;                       // C   n_embd
+  std::int64_t layers = 12;                       //     n_layer
+  std::int64_t heads = 12;                        // H   n_head
+  std::int64_t inner = 4 * 768;                   // F   n_inner, or 4 C
   Activation activation = Activation::gelu_tanh;  // activation_function
-  double epsilon = 1e-5;                  //     layer_norm_epsilon
+  double epsilon = 1e-5;                          //     layer_norm_epsilon
   double embedding_dropout = 0.1, attention_dropout = 0.1, residual_dropout = 0.1;  // *_pdrop
   double initializer_range = 0.02;
-  bool scale_attention = true;            //     scale_attn_weights: by 1 / sqrt(D)
-  bool scale_by_layer = false;            //     scale_attn_by_inverse_layer_idx: by 1 / (layer + 1)
-  bool tied = true;                       //     tie_word_embeddings
+  bool scale_attention = true;  //     scale_attn_weights: by 1 / sqrt(D)
+  bool scale_by_layer = false;  //     scale_attn_by_inverse_layer_idx: by 1 / (layer + 1)
+  bool tied = true;             //     tie_word_embeddings
 };
 
 // Problems are noted in `json`.
@@ -36,7 +37,7 @@ Gpt2Config read_gpt2_config(JsonReader& json);
 class Gpt2Attention : public Module {
  public:
   Gpt2Attention(const Gpt2Config& config, std::int64_t layer, Place place);
-  Variable operator()(Variable x, const Batch& batch) const;
+  Variable operator()(Variable x, const Visible& visible) const;
 
   Linear c_attn, c_proj;
 
@@ -60,7 +61,7 @@ class Gpt2Mlp : public Module {
 class Gpt2Block : public Module {
  public:
   Gpt2Block(const Gpt2Config& config, std::int64_t layer, Place place);
-  Variable operator()(Variable x, const Batch& batch) const;
+  Variable operator()(Variable x, const Visible& visible) const;
 
   LayerNorm ln_1, ln_2;
   Gpt2Attention attn;

@@ -5,10 +5,8 @@
 #include <utility>
 
 #include "autograd/elementwise.h"
-#include "autograd/rope.h"
 #include "autograd/shape.h"
 #include "nn/blocks.h"
-#include "nn/models/attend.h"
 
 namespace reprise::nn {
 
@@ -28,18 +26,19 @@ LlamaAttention::LlamaAttention(const LlamaConfig& config, std::int64_t layer, Pl
   add("o_proj", o_proj);
 }
 
-Variable LlamaAttention::operator()(Variable x, const Batch& batch, const Rotation& rotation) const {
+Variable LlamaAttention::operator()(Variable x, const Visible& visible,
+                                    const Rotation& rotation) const {
   const std::int64_t B = x.size(0), T = x.size(1);
   const Shape q_heads{B, T, heads_, head_size_}, kv_heads{B, T, kv_heads_, head_size_};
-  Variable q = reshape(q_proj(x), q_heads);                       // [B, T, H, D]
-  Variable k = reshape(k_proj(x), kv_heads);                      // [B, T, K, D]
-  Variable v = reshape(v_proj(std::move(x)), kv_heads);           // [B, T, K, D]
-  q = rope(std::move(q), rotation.cos, rotation.sin);
-  k = rope(std::move(k), rotation.cos, rotation.sin);
+  Variable q = reshape(q_proj(x), q_heads);              // [B, T, H, D]
+  Variable k = reshape(k_proj(x), kv_heads);             // [B, T, K, D]
+  Variable v = reshape(v_proj(std::move(x)), kv_heads);  // [B, T, K, D]
+  q = rope(std::move(q), rotation.positions, rotation.frequencies, rotation.options);
+  k = rope(std::move(k), rotation.positions, rotation.frequencies, rotation.options);
   const double scale = 1 / std::sqrt(static_cast<double>(head_size_));
-  Variable a = attend(
-      std::move(q), std::move(k), std::move(v), batch,
-      {.scale = scale, .dropout = dropout_, .generator = generator(), .window = window_});
+  Variable a =
+      attend(std::move(q), std::move(k), std::move(v), visible,
+             {.scale = scale, .dropout = dropout_, .generator = generator(), .window = window_});
   return o_proj(reshape(std::move(a), Shape{B, T, heads_ * head_size_}));  // [B, T, C]
 }
 
@@ -54,8 +53,8 @@ LlamaMlp::LlamaMlp(const LlamaConfig& config, Place place)
 }
 
 Variable LlamaMlp::operator()(Variable x) const {
-  Variable gate = gate_proj(x);                                   // [B, T, F]
-  Variable up = up_proj(std::move(x));                            // [B, T, F]
+  Variable gate = gate_proj(x);                                                   // [B, T, F]
+  Variable up = up_proj(std::move(x));                                            // [B, T, F]
   return down_proj(activate_gated(activation_, std::move(gate), std::move(up)));  // [B, T, C]
 }
 
@@ -70,10 +69,11 @@ LlamaBlock::LlamaBlock(const LlamaConfig& config, std::int64_t layer, Place plac
   add("mlp", mlp);
 }
 
-Variable LlamaBlock::operator()(Variable x, const Batch& batch, const Rotation& rotation) const {
-  Variable a = self_attn(input_layernorm(x), batch, rotation);    // [B, T, C]
+Variable LlamaBlock::operator()(Variable x, const Visible& visible,
+                                const Rotation& rotation) const {
+  Variable a = self_attn(input_layernorm(x), visible, rotation);    // [B, T, C]
   Normed n = post_attention_layernorm(std::move(a), std::move(x));  // sum = a + x
-  return reprise::add(mlp(std::move(n.y)), std::move(n.sum));     // [B, T, C]
+  return reprise::add(mlp(std::move(n.y)), std::move(n.sum));       // [B, T, C]
 }
 
 LlamaTrunk::LlamaTrunk(const LlamaConfig& config, Place place)
@@ -88,11 +88,12 @@ LlamaTrunk::LlamaTrunk(const LlamaConfig& config, Place place)
 }
 
 Variable LlamaTrunk::operator()(const Batch& batch, const Rotation& rotation) const {
-  Variable x = embed_tokens(batch.ids);                           // [B, T, C]
+  Variable x = embed_tokens(batch.ids);  // [B, T, C]
+  const Visible visible = visible_of(batch);
   x = run_blocks("layers", layers, std::move(x), [&](const LlamaBlock& block, Variable in) {
-    return block(std::move(in), batch, rotation);
+    return block(std::move(in), visible, rotation);
   });
-  return norm(std::move(x));                                      // [B, T, C]
+  return norm(std::move(x));  // [B, T, C]
 }
 
 Llama::Llama(const LlamaConfig& config, Place place) : model(config, place), config_(config) {
@@ -106,34 +107,18 @@ Llama::Llama(const LlamaConfig& config, Place place) : model(config, place), con
 
 Variable Llama::hidden(const Batch& batch) {
   check(batch);
-  return model(batch, rotation(positions_of(batch)));
+  return model(batch, rotation(batch));
 }
 
-// cos and sin of position * frequency, in f32.
-Rotation Llama::rotation(const Tensor& positions) const {
-  const std::int64_t B = positions.size(0), T = positions.size(1);
+Rotation Llama::rotation(const Batch& batch) const {
+  const Tensor positions = positions_of(batch);  // [T] or [B, T]
   const std::vector<std::int64_t> at = positions.to_vector<std::int64_t>();
   const std::int64_t length = at.empty() ? 0 : *std::max_element(at.begin(), at.end()) + 1;
   const std::vector<float> frequencies = rope_frequencies(config_.rope, length);
-  const auto half = static_cast<std::int64_t>(frequencies.size());
-  const Device device = model.embed_tokens.weight.value().device();
-  Rotation rotation{Tensor::empty(Shape{B, T, half}, DType::f32, device),
-                    Tensor::empty(Shape{B, T, half}, DType::f32, device)};
-  if (rotation.cos.is_meta()) {
-    return rotation;
-  }
-  const auto factor = static_cast<float>(config_.rope.attention_factor);
-  std::vector<float> cos, sin;
-  for (const std::int64_t position : at) {
-    for (const float frequency : frequencies) {
-      const float angle = static_cast<float>(position) * frequency;
-      cos.push_back(std::cos(angle) * factor);
-      sin.push_back(std::sin(angle) * factor);
-    }
-  }
-  rotation.cos.copy_from(Tensor::from(cos, Shape{B, T, half}));
-  rotation.sin.copy_from(Tensor::from(sin, Shape{B, T, half}));
-  return rotation;
+  const Shape half{static_cast<std::int64_t>(frequencies.size())};
+  return {positions,
+          Tensor::from(frequencies, half, model.embed_tokens.weight.value().device()),
+          {.style = RopeStyle::half, .attention_factor = config_.rope.attention_factor}};
 }
 
 void Llama::initialize(Generator& generator) {

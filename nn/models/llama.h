@@ -1,7 +1,7 @@
-// Llama and its relative Qwen2, which differs in its config alone: biases on q, k and v, and a window
-// on some layers. Touvron et al., "LLaMA: open and efficient foundation language models", 2023;
-// "Llama 2", 2023; Yang et al., "Qwen2 technical report", 2024: pre-norm blocks with rms_norm, rotary
-// positions, grouped key/value heads, gated feed-forward.
+// Llama and its relative Qwen2, which differs in its config alone: biases on q, k and v, and a
+// window on some layers. Touvron et al., "LLaMA: open and efficient foundation language models",
+// 2023; "Llama 2", 2023; Yang et al., "Qwen2 technical report", 2024: pre-norm blocks with
+// rms_norm, rotary positions, grouped key/value heads, gated feed-forward.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "autograd/rope.h"
 #include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/models/activation.h"
+#include "nn/models/attend.h"
 #include "nn/models/model.h"
 #include "nn/norm.h"
 #include "nn/rope_config.h"
@@ -19,39 +21,41 @@
 namespace reprise::nn {
 
 struct LlamaConfig {
-  std::string type = "llama";             //     or "qwen2"
-  std::int64_t vocabulary = 32000;        // V   vocab_size
-  std::int64_t width = 4096;              // C   hidden_size
-  std::int64_t inner = 11008;             // F   intermediate_size
-  std::int64_t layers = 32;               //     num_hidden_layers
-  std::int64_t heads = 32;                // H   num_attention_heads
-  std::int64_t kv_heads = 32;             // K   num_key_value_heads
-  std::int64_t head_size = 128;           // D   head_dim, or C / H
-  std::int64_t positions = 2048;          //     max_position_embeddings
+  std::string type = "llama";                //     or "qwen2"
+  std::int64_t vocabulary = 32000;           // V   vocab_size
+  std::int64_t width = 4096;                 // C   hidden_size
+  std::int64_t inner = 11008;                // F   intermediate_size
+  std::int64_t layers = 32;                  //     num_hidden_layers
+  std::int64_t heads = 32;                   // H   num_attention_heads
+  std::int64_t kv_heads = 32;                // K   num_key_value_heads
+  std::int64_t head_size = 128;              // D   head_dim, or C / H
+  std::int64_t positions = 2048;             //     max_position_embeddings
   Activation activation = Activation::silu;  //  hidden_act
-  double epsilon = 1e-6;                  //     rms_norm_eps
+  double epsilon = 1e-6;                     //     rms_norm_eps
   RopeConfig rope{.dim = 128, .max_positions = 2048};
-  bool qkv_bias = false, output_bias = false;    // attention_bias: both; always, only for qwen2
+  bool qkv_bias = false, output_bias = false;  // attention_bias: both; always, only for qwen2
   bool mlp_bias = false;
   double attention_dropout = 0;
-  std::vector<std::int64_t> windows;      //     a layer's window, 0: none; empty: none at all
+  std::vector<std::int64_t> windows;  //     a layer's window, 0: none; empty: none at all
   double initializer_range = 0.02;
-  std::optional<std::int64_t> padding;    //     pad_token_id: its row of the table has no gradient
-  bool tied = false;                      //     tie_word_embeddings
+  std::optional<std::int64_t> padding;  //     pad_token_id: its row of the table has no gradient
+  bool tied = false;                    //     tie_word_embeddings
 };
 
 // Problems are noted in `json`. `type`: "llama" or "qwen2".
 LlamaConfig read_llama_config(JsonReader& json, std::string_view type);
 
-// What rotates q and k in one forward: computed once, read by every block.
+// What rotates q and k in one forward: made once, read by every block.
 struct Rotation {
-  Tensor cos, sin;  // f32 [B, T, D/2], or [1, T, D/2] when all rows have the same positions
+  Variable positions;    // i64 [T], or [B, T] when rows differ
+  Variable frequencies;  // f32 [D/2]
+  RopeOptions options;
 };
 
 class LlamaAttention : public Module {
  public:
   LlamaAttention(const LlamaConfig& config, std::int64_t layer, Place place);
-  Variable operator()(Variable x, const Batch& batch, const Rotation& rotation) const;
+  Variable operator()(Variable x, const Visible& visible, const Rotation& rotation) const;
 
   Linear q_proj, k_proj, v_proj, o_proj;
 
@@ -74,7 +78,7 @@ class LlamaMlp : public Module {
 class LlamaBlock : public Module {
  public:
   LlamaBlock(const LlamaConfig& config, std::int64_t layer, Place place);
-  Variable operator()(Variable x, const Batch& batch, const Rotation& rotation) const;
+  Variable operator()(Variable x, const Visible& visible, const Rotation& rotation) const;
 
   LlamaAttention self_attn;
   LlamaMlp mlp;
@@ -111,7 +115,7 @@ class Llama : public Model {
 
  private:
   std::string write_config() const override;
-  Rotation rotation(const Tensor& positions) const;
+  Rotation rotation(const Batch& batch) const;
 
   LlamaConfig config_;
 };

@@ -30,7 +30,8 @@ std::vector<std::int64_t> read_windows(JsonReader& json, std::int64_t layers) {
                                                types[i]));
       }
     }
-    if (json.status().ok() && !on && std::any_of(windows.begin(), windows.end(), [](auto w) { return w > 0; })) {
+    if (json.status().ok() && !on &&
+        std::any_of(windows.begin(), windows.end(), [](auto w) { return w > 0; })) {
       json.refuse("use_sliding_window", "must be true when layer_types has sliding_attention");
     }
   } else if (on) {
@@ -94,10 +95,10 @@ LlamaConfig read_llama_config(JsonReader& json, std::string_view type) {
   config.heads = json.integer_from(1, "num_attention_heads", 32);
   // An absent key is 32 for Qwen2's class; null, and Llama's default, is the number of heads.
   const bool absent = std::ranges::count(json.keys(), "num_key_value_heads") == 0;
-  config.kv_heads =
-      json.integer_from(1, "num_key_value_heads", qwen && absent ? 32 : config.heads);
-  config.head_size =
-      json.integer_from(1, "head_dim", std::max<std::int64_t>(config.width / std::max<std::int64_t>(config.heads, 1), 1));
+  config.kv_heads = json.integer_from(1, "num_key_value_heads", qwen && absent ? 32 : config.heads);
+  config.head_size = json.integer_from(
+      1, "head_dim",
+      std::max<std::int64_t>(config.width / std::max<std::int64_t>(config.heads, 1), 1));
   config.positions = json.integer_from(1, "max_position_embeddings", qwen ? 32768 : 2048);
   config.activation = read_activation(json, "hidden_act", "silu");
   config.epsilon = json.number("rms_norm_eps", 1e-6);
@@ -128,24 +129,23 @@ LlamaConfig read_llama_config(JsonReader& json, std::string_view type) {
 
 std::string Llama::write_config() const {
   const bool qwen = config_.type == "qwen2";
-  nlohmann::json json = {
-      {"model_type", config_.type},
-      {"architectures", {qwen ? "Qwen2ForCausalLM" : "LlamaForCausalLM"}},
-      {"vocab_size", config_.vocabulary},
-      {"hidden_size", config_.width},
-      {"intermediate_size", config_.inner},
-      {"num_hidden_layers", config_.layers},
-      {"num_attention_heads", config_.heads},
-      {"num_key_value_heads", config_.kv_heads},
-      {"head_dim", config_.head_size},
-      {"max_position_embeddings", config_.positions},
-      {"hidden_act", name(config_.activation)},
-      {"rms_norm_eps", config_.epsilon},
-      {"rope_theta", config_.rope.theta},
-      {"rope_scaling", rope_json(config_.rope)},
-      {"attention_dropout", config_.attention_dropout},
-      {"initializer_range", config_.initializer_range},
-      {"tie_word_embeddings", config_.tied}};
+  nlohmann::json json = {{"model_type", config_.type},
+                         {"architectures", {qwen ? "Qwen2ForCausalLM" : "LlamaForCausalLM"}},
+                         {"vocab_size", config_.vocabulary},
+                         {"hidden_size", config_.width},
+                         {"intermediate_size", config_.inner},
+                         {"num_hidden_layers", config_.layers},
+                         {"num_attention_heads", config_.heads},
+                         {"num_key_value_heads", config_.kv_heads},
+                         {"head_dim", config_.head_size},
+                         {"max_position_embeddings", config_.positions},
+                         {"hidden_act", name(config_.activation)},
+                         {"rms_norm_eps", config_.epsilon},
+                         {"rope_theta", config_.rope.theta},
+                         {"rope_scaling", rope_json(config_.rope)},
+                         {"attention_dropout", config_.attention_dropout},
+                         {"initializer_range", config_.initializer_range},
+                         {"tie_word_embeddings", config_.tied}};
   if (config_.rope.dim != config_.head_size) {
     json["partial_rotary_factor"] =
         static_cast<double>(config_.rope.dim) / static_cast<double>(config_.head_size);

@@ -46,7 +46,7 @@ const Kind* find_kind(JsonReader& config) {
   const bool by_type = config.has("model_type");
   const std::vector<std::string> architectures =
       by_type ? std::vector<std::string>{} : config.strings("architectures");
-  const std::string wanted = by_type               ? config.string("model_type")
+  const std::string wanted = by_type                 ? config.string("model_type")
                              : architectures.empty() ? ""
                                                      : architectures.front();
   for (const Kind& kind : kKinds) {
@@ -55,9 +55,9 @@ const Kind* find_kind(JsonReader& config) {
     }
   }
   if (config.status().ok()) {
-    config.refuse(by_type ? "model_type" : "architectures",
-                  fmt::format("must be one of {}, got \"{}\"", fmt::join(supported_models(), ", "),
-                              wanted));
+    config.refuse(
+        by_type ? "model_type" : "architectures",
+        fmt::format("must be one of {}, got \"{}\"", fmt::join(supported_models(), ", "), wanted));
   }
   return nullptr;
 }
@@ -76,7 +76,8 @@ Tensor shifted(const Batch& batch) {
   std::vector<std::int64_t> targets(labels.size(), -100);
   for (std::int64_t b = 0; b < B; ++b) {
     for (std::int64_t t = 0; t + 1 < T; ++t) {
-      targets[static_cast<std::size_t>(b * T + t)] = labels[static_cast<std::size_t>(b * T + t + 1)];
+      targets[static_cast<std::size_t>(b * T + t)] =
+          labels[static_cast<std::size_t>(b * T + t + 1)];
     }
     if (!batch.starts.empty()) {
       for (const std::int64_t start : batch.starts[static_cast<std::size_t>(b)]) {
@@ -114,19 +115,17 @@ absl::StatusOr<std::unique_ptr<Model>> build_model(JsonReader& config, Place pla
   return model;
 }
 
-
-
 void Model::check(const Batch& batch) const {
   if (!batch.ids.defined() || batch.ids.rank() != 2 || batch.ids.dtype() != DType::i64) {
     fail("model", "ids must be i64 [B, T], got {}",
-         batch.ids.defined() ? fmt::format("{} {}", name(batch.ids.dtype()),
-                                           to_string(batch.ids.shape()))
-                             : "nothing");
+         batch.ids.defined()
+             ? fmt::format("{} {}", name(batch.ids.dtype()), to_string(batch.ids.shape()))
+             : "nothing");
   }
   const Shape& shape = batch.ids.shape();
-  for (const auto& [argument, tensor] : {std::pair("labels", &batch.labels),
-                                         std::pair("mask", &batch.mask),
-                                         std::pair("positions", &batch.positions)}) {
+  for (const auto& [argument, tensor] :
+       {std::pair("labels", &batch.labels), std::pair("mask", &batch.mask),
+        std::pair("positions", &batch.positions)}) {
     if (tensor->defined()) {
       expect_ids(argument, *tensor, shape);
     }
@@ -138,8 +137,10 @@ void Model::check(const Batch& batch) const {
     fail("model", "starts must have B = {} rows, got {}", shape[0], batch.starts.size());
   }
   for (const std::vector<std::int64_t>& row : batch.starts) {
-    const bool ascending = std::adjacent_find(row.begin(), row.end(), std::greater_equal<>()) == row.end();
-    if (row.empty() || row.front() != 0 || !ascending || row.back() >= std::max<std::int64_t>(shape[1], 1)) {
+    const bool ascending =
+        std::adjacent_find(row.begin(), row.end(), std::greater_equal<>()) == row.end();
+    if (row.empty() || row.front() != 0 || !ascending ||
+        row.back() >= std::max<std::int64_t>(shape[1], 1)) {
       fail("model", "starts of a row must ascend from 0 and stay below T = {}, got [{}]", shape[1],
            fmt::join(row, ", "));
     }
@@ -147,7 +148,7 @@ void Model::check(const Batch& batch) const {
 }
 
 Variable Model::logits(const Batch& batch) {
-  Variable x = hidden(batch);                                     // [B, T, C]
+  Variable x = hidden(batch);  // [B, T, C]
   Linear* const own = head();
   return own != nullptr ? (*own)(std::move(x)) : linear(std::move(x), embedding_table(), {});
 }
@@ -159,9 +160,9 @@ Variable Model::loss(const Batch& batch, const LossOptions& options) {
   if (options.items && !(*options.items > 0)) {
     fail("loss", "items must be above 0, got {}", *options.items);
   }
-  Variable x = hidden(batch);                                     // [B, T, C]
+  Variable x = hidden(batch);  // [B, T, C]
   const std::int64_t rows = x.size(0) * x.size(1);
-  const Tensor targets = shifted(batch);                          // [B T]
+  const Tensor targets = shifted(batch);  // [B T]
   x = reshape(std::move(x), Shape{rows, x.size(2)});
   Linear* const own = head();
   const double items = options.items.value_or(0);
@@ -172,22 +173,26 @@ Variable Model::loss(const Batch& batch, const LossOptions& options) {
                               targets, items);
 }
 
-Tensor Model::positions_of(const Batch& batch) {
+Tensor Model::positions_of(const Batch& batch, bool every_row) {
   if (batch.positions.defined()) {
     return batch.positions;
   }
   const std::int64_t B = batch.ids.size(0), T = batch.ids.size(1);
+  const bool same = batch.starts.empty() && !every_row;
+  const std::int64_t rows = same ? 1 : B;
   std::vector<std::int64_t> positions;
-  for (std::int64_t b = 0; b < B; ++b) {
-    std::int64_t position = 0;
-    for (std::int64_t t = 0; t < T; ++t, ++position) {
-      if (!batch.starts.empty() && std::ranges::count(batch.starts[static_cast<std::size_t>(b)], t) > 0) {
-        position = 0;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    std::size_t text = 0;
+    for (std::int64_t t = 0; t < T; ++t) {
+      const auto* const starts =
+          batch.starts.empty() ? nullptr : &batch.starts[static_cast<std::size_t>(b)];
+      while (starts != nullptr && text + 1 < starts->size() && (*starts)[text + 1] <= t) {
+        ++text;
       }
-      positions.push_back(position);
+      positions.push_back(t - (starts != nullptr ? (*starts)[text] : 0));
     }
   }
-  return Tensor::from(positions, Shape{B, T}, batch.ids.device());
+  return Tensor::from(positions, same ? Shape{T} : Shape{B, T}, batch.ids.device());
 }
 
 }  // namespace reprise::nn

@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-
 #include "autograd/variable.h"
 #include "nn/module.h"
 
@@ -54,12 +53,12 @@ class Model : public Module {
   // Random values for training from scratch.
   virtual void initialize(Generator& generator) = 0;
 
-  virtual std::string_view type() const = 0;      // "llama", as config.json has it
-  virtual std::int64_t vocabulary() const = 0;    // V
+  virtual std::string_view type() const = 0;    // "llama", as config.json has it
+  virtual std::int64_t vocabulary() const = 0;  // V
   virtual std::int64_t max_positions() const = 0;
   // The output head; null when it is the embedding table.
   virtual Linear* head() = 0;
-  virtual Parameter& embedding_table() = 0;       // [V, C]
+  virtual Parameter& embedding_table() = 0;  // [V, C]
   // The config.json that the model was built from, or one that says the same, for a folder that
   // loads back.
   std::string config_json() const { return source_.empty() ? write_config() : source_; }
@@ -72,16 +71,17 @@ class Model : public Module {
  protected:
   // Common checks of a batch: ids [B, T] i64, the others likewise.
   void check(const Batch& batch) const;
-  // Positions [B, T]: those given, or counted from the start of each text.
-  static Tensor positions_of(const Batch& batch);
+  // Those given [B, T], or counted from the start of each text: [T] when rows do not differ, unless
+  // `every_row`.
+  static Tensor positions_of(const Batch& batch, bool every_row = false);
   virtual std::string write_config() const = 0;
 
  private:
   std::string source_;
 };
 
-// A model by the model_type (or architectures) of a config.json, uninitialised. Errors name the file,
-// the key, what was expected and what was there.
+// A model by the model_type (or architectures) of a config.json, uninitialised. Errors name the
+// file, the key, what was expected and what was there.
 absl::StatusOr<std::unique_ptr<Model>> build_model(JsonReader& config, Place place);
 // "gpt2", "llama", "qwen2".
 std::vector<std::string> supported_models();

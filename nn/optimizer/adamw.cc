@@ -33,9 +33,10 @@ bool is_zeroed(const Parameter& p) {
 }  // namespace
 
 AdamW::AdamW(std::vector<Parameter*> parameters, const AdamWOptions& options)
-    : AdamW(one_group(std::move(parameters), options.weight_decay), options) {}
+    : AdamW(std::span<const Group>(one_group(std::move(parameters), options.weight_decay)),
+            options) {}
 
-AdamW::AdamW(const std::vector<Group>& groups, const AdamWOptions& options) : options_(options) {
+AdamW::AdamW(std::span<const Group> groups, const AdamWOptions& options) : options_(options) {
   check_options(options);
   std::set<std::string> names;
   for (const Group& group : groups) {
@@ -51,7 +52,7 @@ AdamW::AdamW(const std::vector<Group>& groups, const AdamWOptions& options) : op
         fail("adamw", "parameter {} is given twice", p->name());
       }
       parameters_.push_back(p);
-      slots_.push_back({.decay = group.weight_decay});
+      slots_.emplace_back().decay = group.weight_decay;
     }
   }
 }
@@ -66,7 +67,8 @@ bool AdamW::has_master(const Parameter& p) const {
 
 AdamW::Slot AdamW::fresh_slot(const Parameter& p, double decay) const {
   const Device device = p.value().device();
-  Slot slot{.decay = decay};
+  Slot slot;
+  slot.decay = decay;
   slot.m = Tensor::zeros(p.shape(), state_dtype(p), device, MemoryKind::optimizer);
   slot.v = Tensor::zeros(p.shape(), state_dtype(p), device, MemoryKind::optimizer);
   if (has_master(p)) {
@@ -188,7 +190,7 @@ void AdamW::load_state(std::span<const std::pair<std::string, Tensor>> state) {
     each_role(p, [&](const std::string& name) { found += entries.count(name); });
     known += found;
     if (found == 0) {
-      slots.push_back({.decay = slots_[i].decay});
+      slots.emplace_back().decay = slots_[i].decay;
       continue;
     }
     if (!has_master(p) && entries.count(p.name() + ".master") > 0) {

@@ -26,21 +26,21 @@ namespace reprise::nn {
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.999;
   double epsilon = 1e-8;
-  double weight_decay = 0;           // of parameters given without a group of their own
-  std::optional<DType> state_dtype;  // of m and v, f32 or bf16; absent: the parameter's dtype
-  bool master_weights = false;       // f32 copies of parameters that are not f32
+  double weight_decay = 0;                // of parameters given without a group of their own
+  std::optional<DType> state_dtype = {};  // of m and v, f32 or bf16; absent: the parameter's dtype
+  bool master_weights = false;            // f32 copies of parameters that are not f32
 };
 
 class AdamW {
  public:
   struct Group {
-    std::vector<Parameter*> parameters;
+    std::vector<Parameter*> parameters = {};
     double weight_decay = 0;
   };
 
   // The parameters must outlive the optimizer and have names, each a different one.
   explicit AdamW(std::vector<Parameter*> parameters, const AdamWOptions& options = {});
-  explicit AdamW(const std::vector<Group>& groups, const AdamWOptions& options = {});
+  explicit AdamW(std::span<const Group> groups, const AdamWOptions& options = {});
 
   // Updates every parameter that has a gradient; the others keep value, moments and step count.
   // `gradient_scale` multiplies the gradients on the way, as clip_coefficient gives it.

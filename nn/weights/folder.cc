@@ -31,7 +31,8 @@ bool is_bare(const std::string& file) {
 std::string listed(const std::vector<std::string>& names) {
   constexpr std::size_t kShown = 8;
   const auto shown = std::min(kShown, names.size());
-  std::string text = fmt::format("{}", fmt::join(names.begin(), names.begin() + static_cast<long>(shown), ", "));
+  std::string text =
+      fmt::format("{}", fmt::join(names.begin(), names.begin() + static_cast<long>(shown), ", "));
   if (names.size() > shown) {
     text += fmt::format(" and {} more", names.size() - shown);
   }
@@ -89,8 +90,7 @@ absl::Status write_shards(const std::string& folder,
   index["weight_map"] = nlohmann::json::object();
   std::int64_t total_bytes = 0;
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    const std::string file =
-        fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
+    const std::string file = fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
     const absl::Status status = write_safetensors(inside(folder, file), shards[i]);
     if (!status.ok()) {
       return status;
@@ -180,11 +180,9 @@ absl::StatusOr<WeightFolder> WeightFolder::open(const std::string& folder) {
     }
     for (const StoredTensor& tensor : (*file)->tensors()) {
       if (!mapped.contains(tensor.name)) {
-        return absl::InvalidArgumentError(
-            fmt::format("{}: holds tensor \"{}\", which weight_map {}", inside(folder, name),
-                        tensor.name,
-                        map.has(tensor.name) ? "puts in " + map.string(tensor.name)
-                                             : "does not list"));
+        return absl::InvalidArgumentError(fmt::format(
+            "{}: holds tensor \"{}\", which weight_map {}", inside(folder, name), tensor.name,
+            map.has(tensor.name) ? "puts in " + map.string(tensor.name) : "does not list"));
       }
     }
   }
@@ -260,8 +258,8 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map) {
     const SafetensorsFile& file = *weights.find(key);
     Parameter& parameter = *entry.parameter;
     const Tensor& value = parameter.value();
-    const bool in_place = map && value.device() == cpu &&
-                          file.find(key)->type == stored_type(value.dtype());
+    const bool in_place =
+        map && value.device() == cpu && file.find(key)->type == stored_type(value.dtype());
     // Also when it stays mapped: the shape must fit.
     const absl::Status status =
         in_place ? file.read_into(key, Tensor::empty(value.shape(), value.dtype(), meta))
@@ -305,8 +303,8 @@ absl::Status save_model(Model& model, const std::string& folder, const SaveOptio
                                            : write_shards(folder, shards);
   if (status.ok()) {
     const DType dtype = tensors.empty() ? DType::f32 : tensors.front().tensor.dtype();
-    status = replace_file(inside(folder, "config.json"),
-                          config_with_dtype(model.config_json(), dtype));
+    status =
+        replace_file(inside(folder, "config.json"), config_with_dtype(model.config_json(), dtype));
   }
   return status.ok() ? remove_old_weights(folder, shards.size()) : status;
 }

@@ -15,7 +15,6 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-
 #include "nn/models/model.h"
 #include "nn/weights/safetensors.h"
 
@@ -24,9 +23,9 @@ namespace reprise::nn {
 // The tensors of a folder, in one file or many.
 class WeightFolder {
  public:
-  // Reads DIR/model.safetensors, or the index and every shard. Checks that each file of the index is a
-  // bare name inside of the folder, that each tensor is in the file it is said to be in, and in no
-  // other.
+  // Reads DIR/model.safetensors, or the index and every shard. Checks that each file of the index
+  // is a bare name inside of the folder, that each tensor is in the file it is said to be in, and
+  // in no other.
   static absl::StatusOr<WeightFolder> open(const std::string& folder);
 
   const std::string& folder() const { return folder_; }
@@ -43,14 +42,14 @@ class WeightFolder {
 
 struct LoadOptions {
   Place place{};  // the parameters get this type whatever the file holds
-  // Parameters of the file's own type stay in the mapped file (on cpu): nothing is read before it is
-  // used, and the allocator does not count them. Writing to them does not change the file.
+  // Parameters of the file's own type stay in the mapped file (on cpu): nothing is read before it
+  // is used, and the allocator does not count them. Writing to them does not change the file.
   bool map = false;
 };
 
-// A finished model, all parameters trainable. Every tensor must have its place and every parameter its
-// tensor; what is missing and what is unexpected is told at once. Known buffers of old files and the
-// head of a tied model are passed over.
+// A finished model, all parameters trainable. Every tensor must have its place and every parameter
+// its tensor; what is missing and what is unexpected is told at once. Known buffers of old files
+// and the head of a tied model are passed over.
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
                                                   const LoadOptions& options = {});
 // The parameters of DIR into a model that was built already.

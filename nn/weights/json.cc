@@ -45,8 +45,8 @@ absl::StatusOr<JsonReader> JsonReader::parse(const std::string& text, const std:
   document->path = path;
   bool too_deep = false;
   try {
-    document->root = json::parse(
-        text.begin(), text.end(), [&](int depth, json::parse_event_t, json&) {
+    document->root =
+        json::parse(text.begin(), text.end(), [&](int depth, json::parse_event_t, json&) {
           too_deep = too_deep || depth > kMaxDepth;
           return !too_deep;
         });
@@ -66,7 +66,9 @@ absl::StatusOr<JsonReader> JsonReader::parse(const std::string& text, const std:
   return JsonReader(std::move(document), root, "");
 }
 
-bool JsonReader::has(std::string_view key) const { return !value(key).is_null(); }
+bool JsonReader::has(std::string_view key) const {
+  return !value(key).is_null();
+}
 
 std::vector<std::string> JsonReader::keys() const {
   std::vector<std::string> result;
@@ -119,8 +121,8 @@ std::int64_t JsonReader::integer_from(std::int64_t least, std::string_view key,
 }
 
 double JsonReader::number(std::string_view key, std::optional<double> otherwise) {
-  const json* const found =
-      get(key, otherwise.has_value(), "a number", [](const json& value) { return value.is_number(); });
+  const json* const found = get(key, otherwise.has_value(), "a number",
+                                [](const json& value) { return value.is_number(); });
   return found != nullptr ? found->get<double>() : otherwise.value_or(0);
 }
 
@@ -140,9 +142,8 @@ std::vector<std::string> JsonReader::strings(std::string_view key,
                                              std::optional<std::vector<std::string>> otherwise) {
   const json* const found =
       get(key, otherwise.has_value(), "a list of strings", [](const json& value) {
-        return value.is_array() && std::all_of(value.begin(), value.end(), [](const json& item) {
-                 return item.is_string();
-               });
+        return value.is_array() && std::all_of(value.begin(), value.end(),
+                                               [](const json& item) { return item.is_string(); });
       });
   return found != nullptr ? found->get<std::vector<std::string>>()
                           : otherwise.value_or(std::vector<std::string>{});

@@ -1,19 +1,20 @@
-// Reading JSON that came from outside. The first problem sticks, with file, key, what was expected and
-// what was there; what is read after it has no meaning. So: read everything, then ask status() once.
+// Reading JSON that came from outside. The first problem sticks, with file, key, what was expected
+// and what was there; what is read after it has no meaning. So: read everything, then ask status()
+// once.
 //
 //   absl::StatusOr<JsonReader> json = JsonReader::open("model/config.json");
 //   const std::int64_t layers = json->integer("n_layer", 12);
-//   if (!json->status().ok()) ...   // "model/config.json: n_layer must be a whole number, got "12""
+//   if (!json->status().ok()) ...   // "model/config.json: n_layer must be a whole number, got
+//   "12""
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"

@@ -323,15 +323,20 @@ TEST_F(Statement4, FrozenParametersAndViewsOfThemAreCheckedToo) {
 }
 
 TEST_F(Statement4, AChangeThatNoReplayAndNoBackwardReadsIsNoError) {
-  Parameter w("w", vec({0.5f})), other("other", vec({2}));
+  Parameter w("w", vec({0.5f})), v("v", vec({3})), other("other", vec({2}));
   Tape tape;
   Tape::Scope scope(tape);
-  Variable loss = toy_sum(toy_add(w, w));                              // add saves nothing
-  Variable dead = checkpoint("s", [&] { return toy_square(other); });  // does not reach the loss
+  Variable dead = checkpoint("dead", [&] { return toy_square(other); });
+  Variable alive = checkpoint("alive", [&] {
+    dead = toy_square(toy_add(other, other));
+    return toy_square(toy_add(v, v));
+  });
+  const Variable losses[] = {toy_sum(toy_add(w, w)), toy_sum(alive)};  // add saves nothing
   w.write();
   other.write();
-  backward(loss);
+  backward(losses);
   EXPECT_EQ(numbers(w.gradient()), (std::vector<float>{2}));
+  EXPECT_EQ(numbers(v.gradient()), (std::vector<float>{24}));
 }
 
 // --- 5. After backward the tape holds nothing ----------------------------------------------------

@@ -58,8 +58,7 @@ TEST(FindWorld, RefusesWhatDoesNotFit) {
 
 TEST(FindWorld, ThreadsAreAShareOfTheCores) {
   const int alone = find_world(environment({}))->threads;
-  const int many =
-      find_world(environment({{"PMI_RANK", "1"}, {"PMI_SIZE", "100000"}}))->threads;
+  const int many = find_world(environment({{"PMI_RANK", "1"}, {"PMI_SIZE", "100000"}}))->threads;
   EXPECT_GE(alone, 1);
   EXPECT_EQ(many, 1);
   const auto two = find_world(environment({{"PMI_RANK", "1"}, {"PMI_SIZE", "2"}}));

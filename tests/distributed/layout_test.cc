@@ -1,7 +1,3 @@
-#include "distributed/buckets.h"
-#include "distributed/disagreement.h"
-#include "distributed/rank_tree.h"
-
 #include <cmath>
 #include <limits>
 #include <random>
@@ -11,6 +7,9 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
+#include "distributed/buckets.h"
+#include "distributed/disagreement.h"
+#include "distributed/rank_tree.h"
 
 namespace reprise::distributed {
 namespace {
@@ -30,7 +29,8 @@ std::string describe(const std::vector<Bucket>& buckets) {
 TEST(Buckets, FirstIsSmallThenLargerInReadyOrder) {
   const std::vector<BucketEntry> entries{
       {7, 32, DType::f32}, {3, 32, DType::f32}, {0, 32, DType::f32}, {1, 100, DType::f32}};
-  EXPECT_EQ(describe(lay_out(entries, {128, 4 * 64})), "f32[32]: 7@0; f32[64]: 3@0 0@32; f32[100]: 1@0; ");
+  EXPECT_EQ(describe(lay_out(entries, {128, 4 * 64})),
+            "f32[32]: 7@0; f32[64]: 3@0 0@32; f32[100]: 1@0; ");
 }
 
 TEST(Buckets, SlotsStartAt64Bytes) {
@@ -130,7 +130,8 @@ TEST(RankTree, AddsInTheFixedOrder) {
 
 TEST(RankTree, RoundsBf16Once) {
   // 1 + 2^-8 is halfway between two bf16 values and would round down to 1 at each step.
-  const std::vector<bfloat16> a{to_bfloat16(1.0f)}, b{to_bfloat16(0x1p-8f)}, c{to_bfloat16(0x1p-8f)};
+  const std::vector<bfloat16> a{to_bfloat16(1.0f)}, b{to_bfloat16(0x1p-8f)},
+      c{to_bfloat16(0x1p-8f)};
   const std::vector<const void*> parts{a.data(), b.data(), c.data()};
   bfloat16 sum;
   reduce_tree(parts, &sum, 1, DType::bf16, Reduce::sum);

@@ -1,12 +1,12 @@
-#include "distributed/comm_queue.h"
-#include "distributed/communicator.h"
-
 #include <atomic>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
+
+#include "distributed/comm_queue.h"
+#include "distributed/communicator.h"
 
 namespace reprise::distributed {
 namespace {

@@ -11,7 +11,8 @@
 namespace reprise::nn {
 namespace {
 
-absl::StatusOr<std::unique_ptr<Model>> build(const std::string& text, Place place = {meta, DType::bf16}) {
+absl::StatusOr<std::unique_ptr<Model>> build(const std::string& text,
+                                             Place place = {meta, DType::bf16}) {
   JsonReader json = *JsonReader::parse(text, "c.json");
   return build_model(json, place);
 }
@@ -40,16 +41,20 @@ TEST(Config, SizesOfPublishedModels) {
            {R"({"model_type": "gpt2"})", 124'439'808},
            {R"({"model_type": "llama"})", 6'738'415'616},
            {R"({"model_type": "llama", "vocab_size": 128256, "intermediate_size": 14336,
-                "num_key_value_heads": 8})", 8'030'261'248},
+                "num_key_value_heads": 8})",
+            8'030'261'248},
            {R"({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
                 "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                "tie_word_embeddings": true})", 494'032'768},
+                "tie_word_embeddings": true})",
+            494'032'768},
            {R"({"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960,
                 "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-                "tie_word_embeddings": true})", 1'543'714'304},
+                "tie_word_embeddings": true})",
+            1'543'714'304},
            {R"({"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
                 "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                "vocab_size": 152064})", 7'615'616'512},
+                "vocab_size": 152064})",
+            7'615'616'512},
        }) {
     const auto model = build(text);
     ASSERT_TRUE(model.ok()) << model.status();
@@ -74,7 +79,8 @@ TEST(Config, DefaultsAreThoseOfTheClasses) {
   // Null counts as the number of heads, absent as the class default.
   EXPECT_EQ(llama(R"({"num_attention_heads": 64})").kv_heads, 64);
   EXPECT_EQ(llama(R"({"num_attention_heads": 64})", "qwen2").kv_heads, 32);
-  EXPECT_EQ(llama(R"({"num_attention_heads": 64, "num_key_value_heads": null})", "qwen2").kv_heads, 64);
+  EXPECT_EQ(llama(R"({"num_attention_heads": 64, "num_key_value_heads": null})", "qwen2").kv_heads,
+            64);
   JsonReader json = *JsonReader::parse(R"({"n_embd": 32, "n_head": 4})", "c.json");
   const Gpt2Config g = read_gpt2_config(json);
   EXPECT_EQ(g.inner, 128);
@@ -106,12 +112,19 @@ TEST(Config, WindowsOfQwen2) {
   using ::testing::ElementsAre;
   EXPECT_TRUE(llama(R"({"sliding_window": 8, "max_window_layers": 1})", "qwen2").windows.empty());
   EXPECT_THAT(llama(R"({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1,
-                        "num_hidden_layers": 3})", "qwen2").windows, ElementsAre(0, 8, 8));
+                        "num_hidden_layers": 3})",
+                    "qwen2")
+                  .windows,
+              ElementsAre(0, 8, 8));
   EXPECT_TRUE(llama(R"({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 5,
-                        "num_hidden_layers": 3})", "qwen2").windows.empty());
+                        "num_hidden_layers": 3})",
+                    "qwen2")
+                  .windows.empty());
   EXPECT_THAT(llama(R"({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 0,
                         "num_hidden_layers": 3, "layer_types":
-                        ["sliding_attention", "full_attention", "sliding_attention"]})", "qwen2").windows,
+                        ["sliding_attention", "full_attention", "sliding_attention"]})",
+                    "qwen2")
+                  .windows,
               ElementsAre(8, 0, 8));
   EXPECT_TRUE(llama(R"({"num_hidden_layers": 1, "layer_types": ["full_attention"]})", "qwen2")
                   .windows.empty());
@@ -122,7 +135,8 @@ TEST(Config, NestedAndNewerSpelling) {
       "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 11)";
   const auto older = build(R"({"model_type": "qwen2", "rope_theta": 5000.0, )" + flat + "}");
   const auto newer = build(R"({"model_type": "qwen2", "text_config": {"rope_parameters":
-      {"rope_type": "default", "rope_theta": 5000.0}, )" + flat + "}}");
+      {"rope_type": "default", "rope_theta": 5000.0}, )" +
+                           flat + "}}");
   ASSERT_TRUE(older.ok() && newer.ok()) << older.status() << newer.status();
   EXPECT_EQ(count(**older), count(**newer));
   EXPECT_EQ(dynamic_cast<Llama&>(**newer).config().rope.theta, 5000);
@@ -144,7 +158,8 @@ TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
             "c.json: n_layer must be a whole number, got \"12\"");
   EXPECT_EQ(problem(R"({"model_type": "gpt2", "n_head": 7})"),
             "c.json: n_head must divide n_embd = 768, got 7");
-  EXPECT_EQ(problem(R"({"model_type": "gpt2", "n_head": 0})"), "c.json: n_head must be at least 1, got 0");
+  EXPECT_EQ(problem(R"({"model_type": "gpt2", "n_head": 0})"),
+            "c.json: n_head must be at least 1, got 0");
   EXPECT_EQ(problem(R"({"model_type": "gpt2", "activation_function": "relu"})"),
             "c.json: activation_function must be one of silu, swish, gelu, gelu_new, "
             "gelu_pytorch_tanh, gelu_fast, quick_gelu, got \"relu\"");
@@ -160,8 +175,10 @@ TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
             "c.json: pad_token_id must be below vocab_size = 32000, got 32000");
   EXPECT_EQ(problem(R"({"model_type": "llama", "text_config": {"hidden_size": -1}})"),
             "c.json: text_config.hidden_size must be at least 1, got -1");
-  EXPECT_EQ(problem(R"({"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["full_attention"]})"),
-            "c.json: layer_types must have num_hidden_layers = 2 entries, got 1");
+  EXPECT_EQ(
+      problem(
+          R"({"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["full_attention"]})"),
+      "c.json: layer_types must have num_hidden_layers = 2 entries, got 1");
   EXPECT_EQ(problem(R"({"model_type": "qwen2", "num_hidden_layers": 1, "layer_types": ["x"]})"),
             "c.json: layer_types must hold full_attention or sliding_attention, got \"x\"");
   EXPECT_EQ(problem(R"({"model_type": "qwen2", "num_hidden_layers": 1,
@@ -203,7 +220,8 @@ TEST(Config, WhatIsWrittenBuildsTheSameModel) {
       const auto& two = dynamic_cast<Llama&>(**second);
       EXPECT_EQ(one->config().windows, two.config().windows);
       EXPECT_EQ(one->config().padding, two.config().padding);
-      EXPECT_EQ(rope_frequencies(one->config().rope, 5000), rope_frequencies(two.config().rope, 5000));
+      EXPECT_EQ(rope_frequencies(one->config().rope, 5000),
+                rope_frequencies(two.config().rope, 5000));
       EXPECT_EQ(one->config().rope.attention_factor, two.config().rope.attention_factor);
     }
   }

@@ -11,10 +11,10 @@
 namespace reprise::nn {
 namespace {
 
-using ::testing::HasSubstr;
 using testing::contents;
 using testing::Folder;
 using testing::golden;
+using ::testing::HasSubstr;
 
 std::unique_ptr<Model> load(const std::string& folder, DType dtype = DType::f32) {
   auto model = load_model(folder, {.place = {cpu, dtype}});
@@ -29,7 +29,8 @@ void expect_bitwise(Model& a, Model& b) {
     EXPECT_EQ(left[i].path, right[i].path);
     const Tensor x = left[i].parameter->value(), y = right[i].parameter->value();
     ASSERT_EQ(x.bytes(), y.bytes());
-    EXPECT_EQ(std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.bytes())), 0) << left[i].path;
+    EXPECT_EQ(std::memcmp(x.raw(), y.raw(), static_cast<std::size_t>(x.bytes())), 0)
+        << left[i].path;
   }
 }
 
@@ -159,8 +160,8 @@ TEST(Folder, BuffersAndTiedHeadsArePassedOver) {
   gpt2.write();
   expect_bitwise(*load(golden("gpt2").string()), *load(gpt2.path()));
   Copy llama("llama");
-  llama.tensors.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq",
-                           Tensor::zeros(Shape{4}, DType::f32)});
+  llama.tensors.push_back(
+      {"model.layers.0.self_attn.rotary_emb.inv_freq", Tensor::zeros(Shape{4}, DType::f32)});
   llama.write();
   expect_bitwise(*load(golden("llama").string()), *load(llama.path()));
 }
@@ -171,8 +172,9 @@ TEST(Folder, MissingAndUnexpectedTensorsAreToldTogether) {
   copy.at("lm_head.weight").name = "head";
   copy.write();
   EXPECT_EQ(message(copy.path()),
-            copy.path() + ": 2 tensors are missing: model.norm.weight, lm_head.weight; 2 tensors have "
-                          "no place in a llama: head, model.norm.scale");
+            copy.path() +
+                ": 2 tensors are missing: model.norm.weight, lm_head.weight; 2 tensors have "
+                "no place in a llama: head, model.norm.scale");
   copy.at("head").name = "lm_head.weight";
   copy.at("model.norm.scale").name = "model.norm.weight";
   copy.tensors.push_back({"extra", Tensor::zeros(Shape{1}, DType::f32)});
@@ -190,14 +192,16 @@ TEST(Folder, AShapeThatDoesNotFitIsAnError) {
   Copy copy("qwen2");
   copy.at("model.norm.weight").tensor = Tensor::zeros(Shape{31}, DType::f32);
   copy.write();
-  EXPECT_EQ(message(copy.path()), copy.folder.at("model.safetensors") +
-                                      ": tensor \"model.norm.weight\" must have shape [32], got [31]");
+  EXPECT_EQ(message(copy.path()),
+            copy.folder.at("model.safetensors") +
+                ": tensor \"model.norm.weight\" must have shape [32], got [31]");
   const auto mapped = load_model(copy.path(), {.map = true});
   EXPECT_EQ(mapped.status().message(), message(copy.path()));
   copy.at("model.norm.weight").tensor = Tensor::zeros(Shape{32}, DType::i64);
   copy.write();
-  EXPECT_EQ(message(copy.path()), copy.folder.at("model.safetensors") +
-                                      ": tensor \"model.norm.weight\" of type I64 cannot be read as f32");
+  EXPECT_EQ(message(copy.path()),
+            copy.folder.at("model.safetensors") +
+                ": tensor \"model.norm.weight\" of type I64 cannot be read as f32");
 }
 
 TEST(Folder, FilesThatAreNotThere) {
@@ -206,9 +210,9 @@ TEST(Folder, FilesThatAreNotThere) {
   testing::write(folder.at("config.json"), R"({"model_type": "gpt2", "n_layer": 0, "n_embd": 12})");
   EXPECT_THAT(message(folder.path().string()), HasSubstr(folder.at("model.safetensors")));
   testing::write(folder.at("model.safetensors"), "");
-  EXPECT_EQ(message(folder.path().string()),
-            folder.at("model.safetensors") +
-                ": HeaderTooSmall: the file has 0 bytes, 8 are the least");
+  EXPECT_EQ(
+      message(folder.path().string()),
+      folder.at("model.safetensors") + ": HeaderTooSmall: the file has 0 bytes, 8 are the least");
   testing::write(folder.at("config.json"), "{");
   EXPECT_EQ(message(folder.path().string()), folder.at("config.json") + ": byte 2: not valid JSON");
 }

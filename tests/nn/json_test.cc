@@ -10,7 +10,9 @@ namespace {
 
 using Strings = std::vector<std::string>;
 
-JsonReader reader(const std::string& text) { return *JsonReader::parse(text, "c.json"); }
+JsonReader reader(const std::string& text) {
+  return *JsonReader::parse(text, "c.json");
+}
 
 template <class Read>
 std::string problem(const std::string& text, Read read) {
@@ -40,7 +42,8 @@ TEST(Json, ReadsEachKindWithDefaults) {
 
 TEST(Json, TellsFileKeyExpectedAndActual) {
   EXPECT_EQ(problem("{}", [](JsonReader& j) { j.integer("a"); }), "c.json: a is missing");
-  EXPECT_EQ(problem(R"({"a": null})", [](JsonReader& j) { j.string("a"); }), "c.json: a is missing");
+  EXPECT_EQ(problem(R"({"a": null})", [](JsonReader& j) { j.string("a"); }),
+            "c.json: a is missing");
   EXPECT_EQ(problem(R"({"a": "12"})", [](JsonReader& j) { j.integer("a", 1); }),
             "c.json: a must be a whole number, got \"12\"");
   EXPECT_EQ(problem(R"({"a": 12.0})", [](JsonReader& j) { j.integer("a"); }),
@@ -64,8 +67,9 @@ TEST(Json, TellsFileKeyExpectedAndActual) {
   EXPECT_EQ(problem(R"({"a": {"b": {"c": 1}}})",
                     [](JsonReader& j) { j.object("a").object("b").string("c"); }),
             "c.json: a.b.c must be a string, got 1");
-  EXPECT_EQ(problem("{\"a\": \"" + std::string(100, 'x') + "\"}", [](JsonReader& j) { j.number("a"); }),
-            "c.json: a must be a number, got \"" + std::string(56, 'x') + "...");
+  EXPECT_EQ(
+      problem("{\"a\": \"" + std::string(100, 'x') + "\"}", [](JsonReader& j) { j.number("a"); }),
+      "c.json: a must be a number, got \"" + std::string(56, 'x') + "...");
 }
 
 TEST(Json, TheFirstProblemSticks) {

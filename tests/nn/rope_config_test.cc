@@ -7,7 +7,8 @@
 namespace reprise::nn {
 namespace {
 
-RopeConfig read(const std::string& text, std::int64_t head_size = 128, std::int64_t positions = 4096) {
+RopeConfig read(const std::string& text, std::int64_t head_size = 128,
+                std::int64_t positions = 4096) {
   JsonReader json = *JsonReader::parse(text, "c.json");
   const RopeConfig rope = read_rope(json, head_size, positions, 10000);
   EXPECT_TRUE(json.status().ok()) << json.status();
@@ -34,7 +35,8 @@ TEST(Rope, Llama3KeepsBlendsAndDivides) {
   const auto f = rope_frequencies(
       read(R"({"rope_theta": 500000, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}})"), 10);
+               "original_max_position_embeddings": 8192}})"),
+      10);
   const auto plain = rope_frequencies(read(R"({"rope_theta": 500000})"), 10);
   EXPECT_EQ(f[28], plain[28]);
   EXPECT_NEAR(f[29], 2.16657e-3, 1e-8);
@@ -63,8 +65,10 @@ TEST(Rope, DynamicGrowsThetaBeyondTheLimit) {
 }
 
 TEST(Rope, YarnRampsBetweenItsDimensions) {
-  const RopeConfig rope = read(R"({"rope_theta": 1000000, "rope_scaling": {"type": "yarn", "factor": 4,
-                                   "original_max_position_embeddings": 32768}})", 128, 131072);
+  const RopeConfig rope =
+      read(R"({"rope_theta": 1000000, "rope_scaling": {"type": "yarn", "factor": 4,
+                                   "original_max_position_embeddings": 32768}})",
+           128, 131072);
   EXPECT_NEAR(rope.attention_factor, 0.1 * std::log(4.0) + 1, 1e-12);
   const auto f = rope_frequencies(rope, 10);
   const auto plain = rope_frequencies(read(R"({"rope_theta": 1000000})"), 10);
@@ -75,9 +79,11 @@ TEST(Rope, YarnRampsBetweenItsDimensions) {
   const double ramp = (30.0 - 23) / (40 - 23);
   EXPECT_NEAR(f[30], plain[30] / 4 * ramp + plain[30] * (1 - ramp), 1e-6 * plain[30]);
   EXPECT_EQ(read(R"({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 1.5}})")
-                .attention_factor, 1.5);
+                .attention_factor,
+            1.5);
   EXPECT_NEAR(read(R"({"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 0.7,
-                       "mscale_all_dim": 1.0}})").attention_factor,
+                       "mscale_all_dim": 1.0}})")
+                  .attention_factor,
               (0.07 * std::log(4.0) + 1) / (0.1 * std::log(4.0) + 1), 1e-12);
 }
 
@@ -90,8 +96,9 @@ TEST(Rope, OlderAndNewerSpellingsSayTheSame) {
   EXPECT_EQ(newer.dim, 64);
   EXPECT_EQ(rope_frequencies(older, 1), rope_frequencies(newer, 1));
   // The newer key wins inside one object; what both mean by these is no scaling.
-  EXPECT_EQ(read(R"({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}})").scaling,
-            RopeScaling::linear);
+  EXPECT_EQ(
+      read(R"({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2}})").scaling,
+      RopeScaling::linear);
   EXPECT_EQ(read(R"({"rope_scaling": {"type": "mrope"}})").scaling, RopeScaling::none);
   EXPECT_EQ(read(R"({"rope_scaling": {"type": "default"}})").scaling, RopeScaling::none);
   EXPECT_EQ(read(R"({"rope_scaling": null})").scaling, RopeScaling::none);
@@ -99,9 +106,10 @@ TEST(Rope, OlderAndNewerSpellingsSayTheSame) {
 }
 
 TEST(Rope, TellsWhatIsWrong) {
-  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "longrope"}})"),
-            "c.json: rope_scaling.rope_type must be one of default, linear, dynamic, llama3, yarn, got "
-            "\"longrope\"");
+  EXPECT_EQ(
+      problem(R"({"rope_scaling": {"type": "longrope"}})"),
+      "c.json: rope_scaling.rope_type must be one of default, linear, dynamic, llama3, yarn, got "
+      "\"longrope\"");
   EXPECT_EQ(problem(R"({"rope_scaling": {"type": "linear"}})"),
             "c.json: rope_scaling.factor is missing");
   EXPECT_EQ(problem(R"({"rope_parameters": {"rope_type": "llama3", "factor": 8}})"),
@@ -114,7 +122,8 @@ TEST(Rope, TellsWhatIsWrong) {
   EXPECT_EQ(problem(R"({"rope_scaling": "linear"})"),
             "c.json: rope_scaling must be an object, got \"linear\"");
   EXPECT_EQ(problem(R"({"rope_theta": 1})"), "c.json: rope_theta must be above 1, got 1");
-  EXPECT_EQ(problem(R"({"rope_theta": "1e6"})"), "c.json: rope_theta must be a number, got \"1e6\"");
+  EXPECT_EQ(problem(R"({"rope_theta": "1e6"})"),
+            "c.json: rope_theta must be a number, got \"1e6\"");
   EXPECT_EQ(problem("{}", 7),
             "c.json: partial_rotary_factor must leave an even number of rotated elements from 2 to "
             "head_dim = 7, got 7");

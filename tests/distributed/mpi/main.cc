@@ -54,6 +54,7 @@ int run(int argc, char** argv) {
     std::fprintf(stderr, "rank %d: %s\n", world().rank(), e.what());
     failed = 1;
   }
+  the_world.reset();  // before the allocator, which is made later, goes
   return failed;
 }
 

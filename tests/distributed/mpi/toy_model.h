@@ -34,7 +34,8 @@ struct ToyModel {
   void add(const std::string& name, std::int64_t width) {
     std::vector<float> values;
     for (std::int64_t i = 0; i < width; ++i) {
-      values.push_back(uniform(philox(parameters.size() + 100, static_cast<std::uint64_t>(i))[0]) - 0.4f);
+      values.push_back(uniform(philox(parameters.size() + 100, static_cast<std::uint64_t>(i))[0]) -
+                       0.4f);
     }
     owned.push_back(std::make_unique<Parameter>(name, Tensor::from(values, {width})));
     parameters.push_back(owned.back().get());

@@ -1,0 +1,91 @@
+// The cuda device of the tests that run kernels on the SIMT shim: one device, whose memory is the
+// host's, with every tensor's bounds known to the shim; launches and copies are done when they
+// return.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "core/cuda_device.h"
+#include "core/error.h"
+#include "tests/op_case.h"
+#include "tests/simt/simt.h"
+
+namespace reprise {
+namespace {
+
+void expect_present(Device device) {
+  if (device.kind != DeviceKind::cuda || device.index != 0) {
+    fail("cuda", "device must be cuda:0, got {}", to_string(device));
+  }
+}
+
+class ShimMemory final : public MemorySource {
+ public:
+  void* allocate(std::size_t bytes) override {
+    // Neighbours lie apart, so that what leaves a tensor is in none.
+    auto* block = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 2 * kApart));
+    if (block == nullptr) {
+      fail("cuda", "no memory for {} bytes", bytes);
+    }
+    simt::add_memory(block + kApart, bytes, fmt::format("tensor {}", ++count_), false);
+    return block + kApart;
+  }
+  void free(void* at, std::size_t) noexcept override {
+    simt::remove_memory(at);
+    std::free(static_cast<char*>(at) - kApart);
+  }
+
+ private:
+  static constexpr std::size_t kApart = 256;
+  std::int64_t count_ = 0;
+};
+
+}  // namespace
+
+int cuda_device_count() {
+  return 1;
+}
+Allocator& cuda_allocator(Device device) {
+  expect_present(device);
+  static Allocator instance(device, std::make_unique<ShimMemory>());
+  return instance;
+}
+void cuda_copy(void* to, Device to_device, const void* from, Device, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+  if (to_device.kind == DeviceKind::cuda) {
+    simt::define_memory(to, bytes);
+  }
+}
+void cuda_zero(void* at, Device, std::size_t bytes) {
+  std::memset(at, 0, bytes);
+  simt::define_memory(at, bytes);
+}
+void cuda_synchronize(Device device) {
+  expect_present(device);
+}
+void* cuda_stream(Device device) {
+  expect_present(device);
+  return nullptr;
+}
+void cuda_check(const char* operation, int status) {
+  ensure(status == 0, "[{}] the shim has no status {}", operation, status);
+}
+
+}  // namespace reprise
+
+namespace reprise::testing {
+
+// Threads and blocks in ascending, descending and two shuffled orders.
+int schedule_count(Device device) {
+  return device.kind == DeviceKind::cuda ? 4 : 1;
+}
+
+void set_schedule(Device, int schedule) {
+  simt::options().order = schedule == 0   ? simt::Order::ascending
+                          : schedule == 1 ? simt::Order::descending
+                                          : simt::Order::shuffled;
+  simt::options().seed = static_cast<unsigned>(schedule);
+}
+
+}  // namespace reprise::testing
