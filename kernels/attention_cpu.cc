@@ -81,23 +81,28 @@ HWY_ATTR float mask_row(float* scores, std::int64_t width, std::int64_t begin, s
   return std::isnan(any) ? any : largest(highest);
 }
 
-// Masked scores to exp(s - highest), which are summed; stored with dropout.
+// Masked scores to exp(s - highest), which are summed; stored with dropout. Hidden lanes never
+// reach the exponential: results that underflow are slow.
 template <class T>
-HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width, float highest,
-                       const float* keep) {
+HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width,
+                       std::int64_t begin, std::int64_t end, float highest, const float* keep) {
   const FloatTag tag;
   const auto shift = hn::Set(tag, highest);
   auto sum = hn::Zero(tag);
   const auto none = hn::Set(tag, -kInfinity);
   for_vectors(width, [&](std::int64_t c, std::int64_t count) HWY_ATTR {
-    const auto s = get(scores + c, count);
-    auto p = hn::IfThenZeroElse(hn::Eq(s, none), exponential(hn::Sub(s, shift)));
-    if (count != lanes()) {
-      p = hn::IfThenElseZero(within(0, 0, count), p);
-    }
-    sum = hn::Add(sum, p);
-    if (keep != nullptr) {
-      p = hn::Mul(p, get(keep + c, count));
+    auto p = hn::Zero(tag);
+    if (c < end && c + count > begin) {
+      const auto s = get(scores + c, count);
+      auto hidden = hn::Eq(s, none);
+      if (count != lanes()) {
+        hidden = hn::Or(hidden, hn::Not(within(0, 0, count)));
+      }
+      p = hn::IfThenZeroElse(hidden, exponential(hn::Sub(hn::IfThenElse(hidden, shift, s), shift)));
+      sum = hn::Add(sum, p);
+      if (keep != nullptr) {
+        p = hn::Mul(p, get(keep + c, count));
+      }
     }
     put(p, probabilities + c, count);
   });
@@ -129,8 +134,8 @@ HWY_ATTR void softmax_rows(const SoftmaxTile& t) {
       continue;
     }
     const float rescale = before == -kInfinity ? 0.0f : std::exp(before - highest);
-    const float sum = exp_row(scores, out + row * t.width, t.width, highest,
-                              t.keep == nullptr ? nullptr : t.keep + row * t.width);
+    const float sum = exp_row(scores, out + row * t.width, t.width, t.begin[row], t.end[row],
+                              highest, t.keep == nullptr ? nullptr : t.keep + row * t.width);
     t.row_sum[row] = (t.first ? 0.0f : t.row_sum[row] * rescale) + sum;
     t.row_max[row] = highest;
     if (!t.first && rescale != 1.0f) {
