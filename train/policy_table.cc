@@ -54,8 +54,9 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
     PolicyRow row;
     row.policy = name;
     zero_gradients(meta_model);
-    row.predicted_bytes = activation_bytes(
-        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name)));
+    row.predicted_bytes =
+        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name))
+            .peak_transient_bytes;
     zero_gradients(meta_model);
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
