@@ -3,17 +3,14 @@
 #include <limits>
 #include <type_traits>
 
-#include "core/philox.h"
 #include "kernels/attention_sides.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/attention_cpu.cc"
-// clang-format off: foreach_target.h first, once for each target
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "hwy/contrib/math/math-inl.h"
-#include "kernels/vector_io-inl.h"
-// clang-format on
+#include "kernels/philox-inl.h"
+#include "kernels/vector_math-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
@@ -84,23 +81,28 @@ HWY_ATTR float mask_row(float* scores, std::int64_t width, std::int64_t begin, s
   return std::isnan(any) ? any : largest(highest);
 }
 
-// Masked scores to exp(s - highest), which are summed; stored with dropout.
+// Masked scores to exp(s - highest), which are summed; stored with dropout. Hidden lanes never
+// reach the exponential: results that underflow are slow.
 template <class T>
-HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width, float highest,
-                       const float* keep) {
+HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width,
+                       std::int64_t begin, std::int64_t end, float highest, const float* keep) {
   const FloatTag tag;
   const auto shift = hn::Set(tag, highest);
   auto sum = hn::Zero(tag);
   const auto none = hn::Set(tag, -kInfinity);
   for_vectors(width, [&](std::int64_t c, std::int64_t count) HWY_ATTR {
-    const auto s = get(scores + c, count);
-    auto p = hn::IfThenZeroElse(hn::Eq(s, none), hn::Exp(tag, hn::Sub(s, shift)));
-    if (count != lanes()) {
-      p = hn::IfThenElseZero(within(0, 0, count), p);
-    }
-    sum = hn::Add(sum, p);
-    if (keep != nullptr) {
-      p = hn::Mul(p, get(keep + c, count));
+    auto p = hn::Zero(tag);
+    if (c < end && c + count > begin) {
+      const auto s = get(scores + c, count);
+      auto hidden = hn::Eq(s, none);
+      if (count != lanes()) {
+        hidden = hn::Or(hidden, hn::Not(within(0, 0, count)));
+      }
+      p = hn::IfThenZeroElse(hidden, exponential(hn::Sub(hn::IfThenElse(hidden, shift, s), shift)));
+      sum = hn::Add(sum, p);
+      if (keep != nullptr) {
+        p = hn::Mul(p, get(keep + c, count));
+      }
     }
     put(p, probabilities + c, count);
   });
@@ -132,8 +134,8 @@ HWY_ATTR void softmax_rows(const SoftmaxTile& t) {
       continue;
     }
     const float rescale = before == -kInfinity ? 0.0f : std::exp(before - highest);
-    const float sum = exp_row(scores, out + row * t.width, t.width, highest,
-                              t.keep == nullptr ? nullptr : t.keep + row * t.width);
+    const float sum = exp_row(scores, out + row * t.width, t.width, t.begin[row], t.end[row],
+                              highest, t.keep == nullptr ? nullptr : t.keep + row * t.width);
     t.row_sum[row] = (t.first ? 0.0f : t.row_sum[row] * rescale) + sum;
     t.row_max[row] = highest;
     if (!t.first && rescale != 1.0f) {
@@ -175,7 +177,7 @@ HWY_ATTR void gradient_row(const GradientTile& t, std::int64_t row) {
     auto kept = p;
     if (c < end && c + count > begin) {
       const auto s = hn::Mul(get(t.scores + start + c, count), scale);
-      p = hn::Exp(tag, hn::Sub(s, get(t.log_sum_exp + c, count)));
+      p = exponential(hn::Sub(s, get(t.log_sum_exp + c, count)));
       auto dp = get(t.products + start + c, count);
       kept = p;
       if (t.keep != nullptr) {
@@ -249,102 +251,75 @@ void store_rows_run(const float* sums, std::int64_t rows, std::int64_t D, float 
   }
 }
 
-using WordTag = hn::RebindToUnsigned<FloatTag>;
-using WordVector = hn::Vec<WordTag>;
+// Dropout factors for the four words of lanes() blocks.
+struct Factors {
+  FloatVector word0, word1, word2, word3;
+};
 
-// Both halves of the 64-bit products of the lanes by a constant.
-HWY_INLINE void multiply(WordVector x, std::uint32_t by, WordVector& high, WordVector& low) {
-  const WordTag tag;
-#if HWY_TARGET == HWY_SCALAR
-  const std::uint64_t product = std::uint64_t{hn::GetLane(x)} * by;
-  high = hn::Set(tag, static_cast<std::uint32_t>(product >> 32));
-  low = hn::Set(tag, static_cast<std::uint32_t>(product));
-#else
-  const hn::Repartition<std::uint64_t, WordTag> wide;
-  const auto factor = hn::Set(tag, by);
-  const auto even = hn::MulEven(x, factor);
-  const auto odd = hn::MulEven(hn::BitCast(tag, hn::ShiftRight<32>(hn::BitCast(wide, x))), factor);
-  high = hn::OddEven(hn::BitCast(tag, odd), hn::BitCast(tag, hn::ShiftRight<32>(even)));
-  low = hn::OddEven(hn::BitCast(tag, hn::ShiftLeft<32>(odd)), hn::BitCast(tag, even));
-#endif
-}
-
-// Dropout factors for the four words of lanes() blocks: factors[word][lane].
-HWY_ATTR void keep_blocks(const std::uint32_t* low_counter, const std::uint32_t* high_counter,
-                          std::uint64_t seed, float dropout, float factor,
-                          float (*factors)[HWY_MAX_BYTES / sizeof(float)]) {
-  const WordTag tag;
-  const FloatTag real;
-  WordVector x0 = hn::LoadU(tag, low_counter), x1 = hn::LoadU(tag, high_counter);
-  WordVector x2 = hn::Zero(tag), x3 = hn::Zero(tag);
-  auto key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    WordVector a_high, a_low, b_high, b_low;
-    multiply(x0, 0xD2511F53u, a_high, a_low);
-    multiply(x2, 0xCD9E8D57u, b_high, b_low);
-    x0 = hn::Xor(hn::Xor(b_high, x1), hn::Set(tag, key0));
-    x1 = b_low;
-    x2 = hn::Xor(hn::Xor(a_high, x3), hn::Set(tag, key1));
-    x3 = a_low;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+HWY_INLINE Factors keep_factors(Counters at, std::uint64_t seed, float dropout, float factor) {
+  const FloatTag tag;
   const hn::RebindToSigned<FloatTag> integer;
-  const auto emit = [&](WordVector word, float* to) HWY_ATTR {
-    const auto uniform = hn::Mul(hn::ConvertTo(real, hn::BitCast(integer, hn::ShiftRight<8>(word))),
-                                 hn::Set(real, 0x1p-24f));
-    hn::StoreU(hn::IfThenElseZero(hn::Ge(uniform, hn::Set(real, dropout)), hn::Set(real, factor)),
-               real, to);
+  const auto kept = [&](WordVector word) HWY_ATTR {
+    const auto upper = hn::ConvertTo(tag, hn::BitCast(integer, hn::ShiftRight<8>(word)));
+    const auto uniform = hn::Mul(upper, hn::Set(tag, 0x1p-24f));
+    return hn::IfThenElseZero(hn::Ge(uniform, hn::Set(tag, dropout)), hn::Set(tag, factor));
   };
-  emit(x0, factors[0]);
-  emit(x1, factors[1]);
-  emit(x2, factors[2]);
-  emit(x3, factors[3]);
+  const Words words = philox_words(at, seed);
+  return {kept(words.word0), kept(words.word1), kept(words.word2), kept(words.word3)};
 }
 
-// One call of keep_blocks covers four keys of lanes() queries, or 4 lanes() keys of one query.
-void keep_run(const KeepTile& t) {
-  constexpr std::int64_t kMost = HWY_MAX_BYTES / sizeof(float);
-  HWY_ALIGN std::uint32_t low[kMost], high[kMost];
-  HWY_ALIGN float factors[4][kMost];
-  const float dropout = static_cast<float>(t.dropout);
-  const float factor = static_cast<float>(1.0 / (1.0 - t.dropout));
-  const std::int64_t step = lanes();
-  const auto first_block = t.block + static_cast<std::uint64_t>(t.first_key / 4);
-  const auto fill = [&](std::uint64_t block, std::uint64_t apart) {
-    for (std::int64_t lane = 0; lane < step; ++lane) {
-      const std::uint64_t at = block + apart * static_cast<std::uint64_t>(lane);
-      low[lane] = static_cast<std::uint32_t>(at);
-      high[lane] = static_cast<std::uint32_t>(at >> 32);
-    }
-    keep_blocks(low, high, t.seed, dropout, factor, factors);
-  };
-  const auto row_apart = static_cast<std::uint64_t>(t.blocks_a_row);
-  if (t.keys_as_rows) {
-    for (std::int64_t key = 0; key < t.keys; key += 4) {
-      for (std::int64_t query = 0; query < t.queries; query += step) {
-        fill(first_block + static_cast<std::uint64_t>(key / 4) +
-                 row_apart * static_cast<std::uint64_t>(query),
-             row_apart);
-        const std::int64_t count = std::min(step, t.queries - query);
-        for (std::int64_t word = 0; word < std::min<std::int64_t>(4, t.keys - key); ++word) {
-          std::copy_n(factors[word], count, t.keep + (key + word) * t.queries + query);
-        }
+// Four keys of lanes() queries at a time.
+HWY_ATTR void keep_by_key(const KeepTile& t, std::uint64_t first_block, float dropout,
+                          float factor) {
+  const auto apart = static_cast<std::uint64_t>(t.blocks_a_row);
+  for (std::int64_t key = 0; key < t.keys; key += 4) {
+    for (std::int64_t query = 0; query < t.queries; query += lanes()) {
+      const std::uint64_t block = first_block + static_cast<std::uint64_t>(key / 4) +
+                                  apart * static_cast<std::uint64_t>(query);
+      const Factors f = keep_factors(counters(block, apart), t.seed, dropout, factor);
+      const std::int64_t count = std::min(lanes(), t.queries - query), rows = t.keys - key;
+      float* const to = t.keep + key * t.queries + query;
+      put(f.word0, to, count);
+      if (rows > 1) {
+        put(f.word1, to + t.queries, count);
+      }
+      if (rows > 2) {
+        put(f.word2, to + 2 * t.queries, count);
+      }
+      if (rows > 3) {
+        put(f.word3, to + 3 * t.queries, count);
       }
     }
-    return;
   }
+}
+
+// 4 lanes() keys of one query at a time.
+HWY_ATTR void keep_by_query(const KeepTile& t, std::uint64_t first_block, float dropout,
+                            float factor) {
+  const std::int64_t step = 4 * lanes();
+  HWY_ALIGN float rest[4 * HWY_MAX_BYTES / sizeof(float)];
   for (std::int64_t query = 0; query < t.queries; ++query) {
-    const std::uint64_t block = first_block + row_apart * static_cast<std::uint64_t>(query);
-    for (std::int64_t key = 0; key < t.keys; key += 4 * step) {
-      fill(block + static_cast<std::uint64_t>(key / 4), 1);
+    const std::uint64_t block = first_block + static_cast<std::uint64_t>(t.blocks_a_row * query);
+    for (std::int64_t key = 0; key < t.keys; key += step) {
+      const Factors f = keep_factors(counters(block + static_cast<std::uint64_t>(key / 4), 1),
+                                     t.seed, dropout, factor);
       float* const to = t.keep + query * t.keys + key;
-      const std::int64_t count = std::min(4 * step, t.keys - key);
-      for (std::int64_t i = 0; i < count; ++i) {
-        to[i] = factors[i % 4][i / 4];
+      const std::int64_t count = std::min(step, t.keys - key);
+      hn::StoreInterleaved4(f.word0, f.word1, f.word2, f.word3, FloatTag(),
+                            count == step ? to : rest);
+      if (count != step) {
+        std::copy_n(rest, count, to);
       }
     }
   }
+}
+
+void keep_run(const KeepTile& t) {
+  const auto block = t.block + static_cast<std::uint64_t>(t.first_key / 4);
+  const auto dropout = static_cast<float>(t.dropout);
+  const auto factor = static_cast<float>(1.0 / (1.0 - t.dropout));
+  t.keys_as_rows ? keep_by_key(t, block, dropout, factor)
+                 : keep_by_query(t, block, dropout, factor);
 }
 
 }  // namespace

@@ -8,10 +8,11 @@
 
 namespace reprise::kernels::cpu {
 
-// How a product is cut into tasks, by its sizes alone.
+// How a product is cut, by its sizes alone: a task is `rows` rows of C and `across` of its columns,
+// made of products of `columns` columns and `depth` of K.
 struct MatmulCut {
-  std::int64_t rows, columns, depth;  // of one task; depth: of one product within it
-  bool pack;                          // copy the task's part of B to contiguous rows first
+  std::int64_t rows, across, columns, depth;
+  bool turn_a;  // the task copies its part of a transposed A to rows first
 };
 MatmulCut matmul_cut(const TileShape& product);
 
@@ -21,6 +22,11 @@ std::int64_t matmul_workspace_bytes(const TileShape& product, int threads);
 // `workspace` is aligned to 64 bytes. All sizes at least 1.
 void matmul(const TileShape& product, const void* a, const void* b, void* c, const void* bias,
             void* workspace, int threads);
+
+// to[i, j] = from[j, i] for `rows` x `columns` of `to`, whose rows lie together; elements of 2 or 4
+// bytes, from_stride in elements.
+void transpose(const void* from, std::int64_t from_stride, void* to, std::int64_t rows,
+               std::int64_t columns, std::int64_t element_bytes);
 
 void column_sums(DType dtype, const void* x, std::int64_t rows, std::int64_t columns,
                  std::int64_t row_stride, DType sums_dtype, void* sums, bool accumulate);

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -76,8 +75,9 @@ class Products {
     if (!first) {
       s.bias.reset();
     }
-    if (cut_.pack) {
-      s.ldb = n;
+    if (cut_.turn_a) {
+      s.transpose_a = false;
+      s.lda = s.k;
     }
     products_[{m, n, k, first}] = tile_product(s);
   }
@@ -103,72 +103,82 @@ struct Operands {
 };
 
 void run_task(const Operands& with, const MatmulCut& cut, const Products& products,
-              std::int64_t row, std::int64_t column, char* pack, char* scratch) {
+              std::int64_t row, std::int64_t column, char* turned, char* scratch) {
   const TileShape& s = with.whole;
   const auto in = static_cast<std::int64_t>(size_bytes(s.inputs));
   const auto out = static_cast<std::int64_t>(size_bytes(s.output));
-  const std::int64_t m = std::min(cut.rows, s.m - row), n = std::min(cut.columns, s.n - column);
-  char* const c = with.c + (row * s.ldc + column) * out;
-  const char* const bias =
-      s.bias ? with.bias + column * static_cast<std::int64_t>(size_bytes(*s.bias)) : nullptr;
+  const std::int64_t m = std::min(cut.rows, s.m - row), end = std::min(s.n, column + cut.across);
   for (std::int64_t depth = 0; depth < s.k; depth += cut.depth) {
     const std::int64_t k = std::min(cut.depth, s.k - depth);
-    const char* const a = part_of(with.a, s.transpose_a, row, depth, s.lda, in);
-    const char* b = part_of(with.b, s.transpose_b, depth, column, s.ldb, in);
-    if (cut.pack) {
-      for (std::int64_t i = 0; i < k; ++i) {
-        std::memcpy(pack + i * n * in, b + i * s.ldb * in, static_cast<std::size_t>(n * in));
-      }
-      b = pack;
+    const char* a = part_of(with.a, s.transpose_a, row, depth, s.lda, in);
+    if (cut.turn_a) {
+      transpose(a, s.lda, turned, m, k, in);
+      a = turned;
     }
-    products.find(m, n, k, depth == 0).run(a, b, c, bias, scratch);
+    for (std::int64_t at = column; at < end; at += cut.columns) {
+      const std::int64_t n = std::min(cut.columns, s.n - at);
+      const char* const b = part_of(with.b, s.transpose_b, depth, at, s.ldb, in);
+      const char* const bias =
+          s.bias ? with.bias + at * static_cast<std::int64_t>(size_bytes(*s.bias)) : nullptr;
+      products.find(m, n, k, depth == 0)
+          .run(a, b, with.c + (row * s.ldc + at) * out, bias, scratch);
+    }
   }
 }
 
-std::int64_t pack_bytes(const TileShape& s, const MatmulCut& cut) {
-  return cut.pack ? aligned_bytes(cut.depth * cut.columns *
-                                  static_cast<std::int64_t>(size_bytes(s.inputs)))
-                  : 0;
+std::int64_t turned_bytes(const TileShape& s, const MatmulCut& cut) {
+  return cut.turn_a ? aligned_bytes(std::min(cut.rows, s.m) * std::min(cut.depth, s.k) *
+                                    static_cast<std::int64_t>(size_bytes(s.inputs)))
+                    : 0;
 }
 
 std::int64_t slots(const TileShape& s, const MatmulCut& cut, int threads) {
-  return std::min<std::int64_t>(threads, parts(s.m, cut.rows) * parts(s.n, cut.columns));
+  return std::min<std::int64_t>(threads, parts(s.m, cut.rows) * parts(s.n, cut.across));
 }
 
 }  // namespace
 
+// Measured choices. oneDNN's brgemm takes dense operands only, and is the better one for bf16 with
+// a short K; its gemm, taken for parts of wider rows, copies both operands, which f32 needs where
+// the rows of B are far apart and fall on few sets of the cache.
 MatmulCut matmul_cut(const TileShape& s) {
-  // Rows of B that are far apart fall on few sets of the first cache. bf16 is copied by oneDNN, and
-  // so is a transposed B; f32 as stored is not.
-  const bool pack = s.inputs == DType::f32 && !s.transpose_b && s.n > 64 && s.m >= 64;
   MatmulCut cut{};
-  cut.pack = pack;
-  cut.columns = even(s.n, pack ? 256 : 768, 64);
-  cut.rows = even(s.m, pack ? 1024 : 512, 64);
-  cut.depth = pack && s.output == DType::f32 ? even(s.k, 1024, 64) : s.k;
+  if (s.transpose_a) {
+    cut.turn_a = true;
+    cut.rows = even(s.m, 384, 64);
+    cut.across = s.n;
+    cut.columns = even(s.n, 768, 64);
+    cut.depth = s.k;
+    return cut;
+  }
+  const bool dense = s.inputs == DType::bf16 && s.k <= 1536 && s.n <= 4096;
+  cut.columns = even(s.n, dense ? 4096 : s.inputs == DType::bf16 ? 384 : 768, 64);
+  cut.across = cut.columns;
+  cut.rows = even(s.m, dense ? 512 : 1024, 64);
+  cut.depth = s.output == DType::f32 && s.inputs == DType::f32 ? even(s.k, 1024, 64) : s.k;
   return cut;
 }
 
 std::int64_t matmul_workspace_bytes(const TileShape& s, int threads) {
   const MatmulCut cut = matmul_cut(s);
   return slots(s, cut, threads) *
-         (aligned_bytes(Products(s, cut).scratch_bytes()) + pack_bytes(s, cut));
+         (aligned_bytes(Products(s, cut).scratch_bytes()) + turned_bytes(s, cut));
 }
 
 void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
             void* workspace, int threads) {
   const MatmulCut cut = matmul_cut(s);
   const Products products(s, cut);
-  const std::int64_t pack = pack_bytes(s, cut);
+  const std::int64_t turned = turned_bytes(s, cut);
   ScratchSlots scratch(workspace, slots(s, cut, threads),
-                       aligned_bytes(products.scratch_bytes()) + pack);
+                       aligned_bytes(products.scratch_bytes()) + turned);
   const Operands with{s, static_cast<const char*>(a), static_cast<const char*>(b),
                       static_cast<char*>(c), static_cast<const char*>(bias)};
-  const std::int64_t across = parts(s.n, cut.columns);
+  const std::int64_t across = parts(s.n, cut.across);
   parallel_for(parts(s.m, cut.rows) * across, 1, [&](std::int64_t task, std::int64_t) {
     const ScratchSlots::Use slot(scratch);
-    run_task(with, cut, products, task / across * cut.rows, task % across * cut.columns, slot.at(),
-             slot.at() + pack);
+    run_task(with, cut, products, task / across * cut.rows, task % across * cut.across, slot.at(),
+             slot.at() + turned);
   });
 }
 
