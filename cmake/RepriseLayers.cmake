@@ -73,6 +73,11 @@ if(REPRISE_CUDA)
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()
 
+if(REPRISE_HAS_MPI)
+  # The mpirun that belongs to the MPI that is linked.
+  target_compile_definitions(reprise_train PRIVATE REPRISE_MPIRUN="${MPIEXEC_EXECUTABLE}")
+endif()
+
 add_executable(reprise train/main.cc)
 target_link_libraries(reprise PRIVATE reprise_train reprise_flags)
 set_target_properties(reprise PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR})

@@ -26,6 +26,9 @@ nn::Batch on(const nn::Batch& batch, Device device) {
       *tensor = tensor->to(device);
     }
   }
+  if (batch.labels.shares_storage(batch.ids)) {
+    moved.labels = moved.ids;  // counted once, as there
+  }
   return moved;
 }
 
