@@ -39,8 +39,6 @@ const char* target() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -48,6 +46,7 @@ HWY_AFTER_NAMESPACE();
 #include <vector>
 
 #include <fmt/format.h>
+#include <omp.h>
 
 namespace reprise::bench {
 namespace {
@@ -103,6 +102,7 @@ int main() {
   fmt::print(
       "{{\"target\": \"{}\", \"fma_f32_gflops_1\": {:.1f}, \"fma_f32_gflops_all\": {:.1f}, "
       "\"copy_gb_per_s_1\": {:.2f}, \"copy_gb_per_s_all\": {:.2f}, \"threads_all\": {}}}\n",
-      HWY_DYNAMIC_DISPATCH(target)(), gflops(1), gflops(all), copy_gb_per_s(1), copy_gb_per_s(all), all);
+      HWY_DYNAMIC_DISPATCH(target)(), gflops(1), gflops(all), copy_gb_per_s(1), copy_gb_per_s(all),
+      all);
 }
 #endif

@@ -38,9 +38,9 @@ using BytesByKind = std::array<std::int64_t, kMemoryKinds>;
 struct MemoryReport {
   std::int64_t live_bytes = 0;
   std::int64_t peak_bytes = 0;
-  BytesByKind live{};                                   // by kind, now
-  BytesByKind at_peak{};                                // by kind, at the moment of the peak
-  BytesByKind peak{};                                   // the largest of each kind, whenever it was
+  BytesByKind live{};     // by kind, now
+  BytesByKind at_peak{};  // by kind, at the moment of the peak
+  BytesByKind peak{};     // the largest of each kind, whenever it was
   // Of activations, saved values and workspace together, the most at one time: what a checkpoint
   // policy can change.
   std::int64_t peak_transient_bytes = 0;

@@ -75,7 +75,8 @@ double loss_of(const std::vector<float>& logits, const Ids& targets, double item
     for (std::size_t v = 0; v < V; ++v) {
       total += std::exp(static_cast<double>(logits[t * V + v]));
     }
-    sum += std::log(total) - static_cast<double>(logits[t * V + static_cast<std::size_t>(targets[t])]);
+    sum +=
+        std::log(total) - static_cast<double>(logits[t * V + static_cast<std::size_t>(targets[t])]);
     ++count;
   }
   return sum / (items > 0 ? items : count);
@@ -84,8 +85,9 @@ double loss_of(const std::vector<float>& logits, const Ids& targets, double item
 const Ids kIds = {3, 1, 4, 1, 5, 9, 2, 6};
 
 TEST(Models, LossIsOverTheNextTokens) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2, kLlama + R"(, "tie_word_embeddings": true)",
-                                  kGpt2 + R"(, "tie_word_embeddings": false)"}) {
+  for (const std::string& text :
+       {kGpt2, kLlama, kQwen2, kLlama + R"(, "tie_word_embeddings": true)",
+        kGpt2 + R"(, "tie_word_embeddings": false)"}) {
     const auto model = build(text);
     Batch batch = batch_of(kIds);
     const auto out = logits(*model, batch);
@@ -209,7 +211,8 @@ void expect_gradients(Model& model, const Batch& batch) {
     const auto at = [&](double step) {
       const Tensor value = parameter.write();
       for (std::size_t i = 0; i < before.size(); ++i) {
-        value.data<float>()[i] = before[i] + static_cast<float>(step * static_cast<double>(gradient[i]) / norm);
+        value.data<float>()[i] =
+            before[i] + static_cast<float>(step * static_cast<double>(gradient[i]) / norm);
       }
       return loss(model, batch);
     };
@@ -344,23 +347,32 @@ TEST(Models, Mistakes) {
   EXPECT_EQ(with([](Batch& b) { b.ids = {}; }), "[model] ids must be i64 [B, T], got nothing");
   EXPECT_EQ(with([](Batch& b) { b.ids = Tensor::zeros(Shape{8}, DType::i64); }),
             "[model] ids must be i64 [B, T], got i64 [8]");
-  EXPECT_EQ(with([](Batch& b) { b.ids = Tensor::zeros(Shape{1, 8}, DType::i32); }),
+  EXPECT_EQ(with([](Batch& b) {
+              b.ids = Tensor::zeros(Shape{1, 8}, DType::i32);
+            }),
             "[model] ids must be i64 [B, T], got i32 [1, 8]");
   EXPECT_EQ(with([](Batch& b) { b.labels = {}; }), "[loss] the batch has no labels");
-  EXPECT_EQ(with([](Batch& b) { b.mask = Tensor::zeros(Shape{1, 7}, DType::i64); }),
+  EXPECT_EQ(with([](Batch& b) {
+              b.mask = Tensor::zeros(Shape{1, 7}, DType::i64);
+            }),
             "[model] mask must be i64 [B, T] = [1, 8], got i64 [1, 7]");
-  EXPECT_EQ(with([](Batch& b) { b.positions = Tensor::zeros(Shape{3, 1, 8}, DType::i64); }),
+  EXPECT_EQ(with([](Batch& b) {
+              b.positions = Tensor::zeros(Shape{3, 1, 8}, DType::i64);
+            }),
             "[model] positions must be i64 [B, T] = [1, 8], got i64 [3, 1, 8]");
-  EXPECT_EQ(with([](Batch& b) { b.starts = {{0}, {0}}; }),
+  EXPECT_EQ(with([](Batch& b) {
+              b.starts = {{0}, {0}};
+            }),
             "[model] starts must have B = 1 rows, got 2");
   for (const Ids& row : {Ids{}, Ids{1}, Ids{0, 3, 3}, Ids{0, 8}}) {
-    EXPECT_NE(with([&](Batch& b) { b.starts = {row}; })
-                  .find("[model] starts of a row must ascend from 0 and stay below T = 8, got ["),
+    EXPECT_NE(with([&](Batch& b) {
+                b.starts = {row};
+              }).find("[model] starts of a row must ascend from 0 and stay below T = 8, got ["),
               std::string::npos);
   }
   EXPECT_EQ(mistake([&] { (void)model->loss(batch_of(kIds), {.items = 0}); }),
             "[loss] items must be above 0, got 0");
-  EXPECT_NE(mistake([&] { (void)model->loss(batch_of({19, 0})); }), "");  // no such token
+  EXPECT_NE(mistake([&] { (void)model->loss(batch_of({19, 0})); }), "");            // no such token
   EXPECT_NE(mistake([&] { (void)build(kGpt2)->loss(batch_of(Ids(17, 1))); }), "");  // positions end
 }
 
