@@ -142,7 +142,7 @@ class Op {
   virtual std::string_view name() const = 0;
   virtual std::size_t outputs() const { return 1; }
   virtual void forward(Forward& run) const = 0;
-  // `gradients`: the inputs that need one.
+  // `gradients`: the inputs that need one. Inputs that are absent may be named all the same.
   virtual Saved saved(Mask gradients) const = 0;
   virtual void backward(Backward& run) const = 0;
   virtual Cost cost(const Call& call) const = 0;

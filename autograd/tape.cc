@@ -218,9 +218,10 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
          op->name(), kMaxArity);
   check_inputs(*op, inputs);
   std::vector<Tensor> tensors(inputs.size());
-  Mask gradients = 0;
+  Mask gradients = 0, present = 0;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     if (inputs[i].defined()) {
+      present |= Mask{1} << i;
       tensors[i] = inputs[i].value()->read();
       gradients |= Mask{inputs[i].needs_gradient()} << i;
     }
@@ -233,7 +234,8 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   if (recorded) {
     bind(inputs);
   }
-  const Saved saved = gradients != 0 ? op->saved(gradients) : Saved{};
+  Saved saved = gradients != 0 ? op->saved(gradients) : Saved{};
+  saved.inputs &= present;
   hold_inputs(inputs, true);
   RecordingForward run(tensors, inputs, op->outputs(), gradients, saved.inputs);
   try {

@@ -28,13 +28,16 @@ foreach(layer ${REPRISE_LAYERS})
   target_include_directories(reprise_${layer} PUBLIC
     $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>
     $<INSTALL_INTERFACE:include> $<INSTALL_INTERFACE:include/reprise>)
-  target_compile_features(reprise_${layer} PUBLIC cxx_std_20)
   target_link_libraries(reprise_${layer} PUBLIC ${left} PRIVATE $<BUILD_INTERFACE:reprise_flags>)
   set(left reprise_${layer})
 endforeach()
 
+# Installed only: CMake 3.25 would ask nvcc for a dialect of which it knows no flag.
+target_compile_features(reprise_core INTERFACE $<INSTALL_INTERFACE:cxx_std_20>)
+
 # Everything, for users: Reprise::reprise.
 add_library(reprise_all INTERFACE)
+target_compile_features(reprise_all INTERFACE cxx_std_20)
 add_library(Reprise::reprise ALIAS reprise_all)
 target_link_libraries(reprise_all INTERFACE reprise_train)
 set(prefixed ${PROJECT_BINARY_DIR}/include/reprise)
@@ -68,6 +71,11 @@ if(REPRISE_CUDA)
   endforeach()
   target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
+endif()
+
+if(REPRISE_HAS_MPI)
+  # The mpirun that belongs to the MPI that is linked.
+  target_compile_definitions(reprise_train PRIVATE REPRISE_MPIRUN="${MPIEXEC_EXECUTABLE}")
 endif()
 
 add_executable(reprise train/main.cc)

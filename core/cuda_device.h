@@ -18,7 +18,8 @@ Allocator& cuda_allocator(Device device);
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device, std::size_t bytes);
 void cuda_zero(void* at, Device device, std::size_t bytes);
 void cuda_synchronize(Device device);
-// The cudaStream_t on which this thread's kernels and copies run.
+// The cudaStream_t on which kernels and copies of the device run. Makes the device current on this
+// thread, as a launch on that stream wants it.
 void* cuda_stream(Device device);
 // Throws Error with the runtime's text, naming the operation, unless `status` (a cudaError_t) is
 // success.

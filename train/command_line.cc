@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -11,7 +12,9 @@
 
 #include "autograd/policy.h"
 #include "core/error.h"
+#include "core/parallel.h"
 #include "train/demo.h"
+#include "train/launch.h"
 #include "train/parity.h"
 #include "train/suggest.h"
 
@@ -60,10 +63,10 @@ std::vector<std::string> flag_names(const CLI::App& app) {
 
 // Complains about the first word that is neither a command nor a flag of the command at hand; the
 // parser's own message has no suggestion.
-int complain(const CLI::App& app, int argc, char** argv, const std::string& parser_text) {
+int complain(const CLI::App& app, const std::vector<std::string>& words,
+             const std::string& parser_text) {
   const CLI::App* command = &app;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view word(argv[i]);
+  for (const std::string_view word : words) {
     const std::string name(word.substr(0, word.find('=')));
     if (word.starts_with("--")) {
       const auto known = flag_names(*command);
@@ -89,9 +92,7 @@ int complain(const CLI::App& app, int argc, char** argv, const std::string& pars
   return kBadInput;
 }
 
-}  // namespace
-
-int run_command_line(int argc, char** argv) {
+int run_command(const World& world, const std::vector<std::string>& words) {
   CLI::App app("Build, train and fine-tune transformers.", "reprise");
   app.require_subcommand(1);
 
@@ -123,22 +124,49 @@ int run_command_line(int argc, char** argv) {
   parity_command->add_option("--write", parity.write, "Write what was computed to this file");
 
   try {
-    app.parse(argc, argv);
+    // The parser takes the words from the end.
+    app.parse(std::vector<std::string>(words.rbegin(), words.rend()));
   } catch (const CLI::CallForHelp& help) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    return complain(app, argc, argv, error.what());
+    return complain(app, words, error.what());
   }
   try {
     if (parity_command->parsed()) {
       parity.dtype = dtype == "bf16" ? DType::bf16 : DType::f32;
       return show(run_parity(case_folder, parity), as_json);
     }
-    return report(run_demo(demo));
+    auto ranks = connect(world);
+    if (!ranks.ok()) {
+      return report(ranks.status());
+    }
+    const absl::Status done = run_demo(demo, **ranks);
+    if (done.ok()) {
+      (*ranks)->close();
+    }
+    return report(done);
   } catch (const Error& error) {
     fmt::print(stderr, "reprise: {}\n", error.what());
     return 1;
   }
+}
+
+}  // namespace
+
+int run_command_line(int argc, char** argv) {
+  // Other ranks are started before this process has a thread.
+  const absl::StatusOr<Launch> launch = plan_launch(argc, argv);
+  if (!launch.ok()) {
+    return report(launch.status());
+  }
+  if (launch->ranks > 1) {
+    const absl::StatusOr<int> code = supervise(*launch);
+    return code.ok() ? *code : report(code.status());
+  }
+  if (std::getenv("OMP_NUM_THREADS") == nullptr) {
+    set_threads(launch->world.threads);
+  }
+  return run_command(launch->world, launch->arguments);
 }
 
 }  // namespace reprise::train

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <numbers>
+#include <optional>
 #include <utility>
 
 #include <absl/status/statusor.h>
@@ -11,6 +12,7 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "distributed/reducer.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
 #include "train/policy_table.h"
@@ -68,18 +70,31 @@ void print_sample(nn::Model& model, const char* when, std::uint64_t seed) {
   fmt::print("\n\n");
 }
 
-void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options) {
-  Generator data_generator{options.seed + 1, 0};
-  Progress progress(options.quiet);
+// Ranks draw from places of the stream that are far apart.
+Generator data_generator(const DemoOptions& options, int rank) {
+  return {options.seed + 1, static_cast<std::uint64_t>(rank) << 40};
+}
+
+void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
+           distributed::Communicator& ranks) {
+  Generator order = data_generator(options, ranks.rank());
+  Progress progress(options.quiet || ranks.rank() != 0);
   const auto start = std::chrono::steady_clock::now();
   double smooth = 0;
   std::int64_t tokens = 0;
   for (double fraction = 0; fraction < 1;) {
-    const double loss = trainer.step(data.draw(data_generator), learning_rate(fraction));
-    tokens += kBatch * kTokens;
+    const double own = trainer.step(data.draw(order), learning_rate(fraction));
+    const double loss =
+        all_reduce_value(ranks, own, distributed::Reduce::sum, "loss") / ranks.size();
+    tokens += ranks.size() * data.batch() * kTokens;
     smooth = trainer.steps() == 1 ? loss : 0.95 * smooth + 0.05 * loss;
-    fraction = std::min(1.0, elapsed_s(start) / options.seconds);
+    // The ranks' clocks differ; they must stop together.
+    fraction = all_reduce_value(ranks, std::min(1.0, elapsed_s(start) / options.seconds),
+                                distributed::Reduce::max, "time");
     progress.show({trainer.steps(), smooth, tokens, fraction}, fraction >= 1);
+  }
+  if (ranks.rank() != 0) {
+    return;
   }
   fmt::print("Trained {} steps, {} bytes of text, {:.0f} tokens/s.\n", trainer.steps(), tokens,
              static_cast<double>(tokens) / elapsed_s(start));
@@ -95,6 +110,21 @@ absl::Status write_gradients(const std::vector<Parameter*>& parameters, const st
   return nn::write_safetensors(path, tensors);
 }
 
+void print_head(nn::Model& model, std::string_view text, const ByteData& data,
+                const DemoOptions& options, const distributed::Communicator& ranks) {
+  std::int64_t count = 0;
+  for (const Parameter* p : model.parameters()) {
+    count += p->value().numel();
+  }
+  fmt::print(
+      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} rank{} of {} thread{}, "
+      "policy "
+      "{}.\n",
+      static_cast<double>(count) / 1e6, human_bytes(static_cast<std::int64_t>(text.size())),
+      human_bytes(data.train_bytes()), ranks.size(), ranks.size() == 1 ? "" : "s", threads(),
+      threads() == 1 ? "" : "s", options.policy);
+}
+
 }  // namespace
 
 std::unique_ptr<nn::Model> demo_model(Device device) {
@@ -105,7 +135,7 @@ std::unique_ptr<nn::Model> demo_model(Device device) {
   return *std::move(model);
 }
 
-absl::Status run_demo(const DemoOptions& options) {
+absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ranks) {
   const auto text = options.text.empty() ? read_fortunes() : read_text(options.text);
   if (!text.ok()) {
     return text.status();
@@ -114,43 +144,58 @@ absl::Status run_demo(const DemoOptions& options) {
     return absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
                                                   options.text, 20 * kTokens, text->size()));
   }
-  const ByteData data(*text, kBatch, kTokens);
+  if (kBatch % ranks.size() != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks.size()));
+  }
+  const ByteData data(*text, kBatch / ranks.size(), kTokens);
   const auto model = demo_model(cpu);
   const auto meta_model = demo_model(meta);
   Generator generator{options.seed, 0};
   model->initialize(generator);
-  std::int64_t count = 0;
-  for (const Parameter* p : model->parameters()) {
-    count += p->value().numel();
-  }
   Trainer trainer(*model, generator, {{}, 1.0, Policies::named(options.policy)});
-  if (!options.gradients_out.empty()) {
-    Generator data_generator{options.seed + 1, 0};
-    trainer.forward_backward(data.draw(data_generator));
-    return write_gradients(trainer.parameters(), options.gradients_out);
+  std::optional<distributed::Reducer> reducer;
+  if (ranks.size() > 1) {
+    reducer.emplace(ranks, trainer.parameters());
+    trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
+    trainer.hooks.after = [&] { reducer->finish(); };
   }
-  fmt::print(
-      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} threads, policy {}.\n",
-      static_cast<double>(count) / 1e6, human_bytes(static_cast<std::int64_t>(text->size())),
-      human_bytes(data.train_bytes()), threads(), options.policy);
-  print_sample(*model, "before training", options.seed);
+  const bool prints = ranks.rank() == 0;
+  if (!options.gradients_out.empty()) {
+    Generator order = data_generator(options, ranks.rank());
+    trainer.forward_backward(data.draw(order));
+    return prints ? write_gradients(trainer.parameters(), options.gradients_out) : absl::OkStatus();
+  }
   const double before = validation_loss(trainer, data);
-  fmt::print("Validation loss before: {:.4f} (a byte chosen blindly: {:.4f})\n", before,
-             std::log(256.0));
-  std::fflush(stdout);
-  learn(trainer, data, options);
-  fmt::print("Validation loss after: {:.4f}\n", validation_loss(trainer, data));
-  print_sample(*model, "after training", options.seed);
-
-  fmt::print("The same step under each policy, {} x {} tokens:\n\n", kBatch, kTokens);
-  std::fflush(stdout);
-  const auto rows = policy_table(*model, *meta_model, data.validation(0));
-  fmt::print("{}\n", to_string(rows));
+  if (prints) {
+    print_head(*model, *text, data, options, ranks);
+    print_sample(*model, "before training", options.seed);
+    fmt::print("Validation loss before: {:.4f} (a byte chosen blindly: {:.4f})\n", before,
+               std::log(static_cast<double>(kByteVocabulary)));
+    std::fflush(stdout);
+  }
+  learn(trainer, data, options, ranks);
+  const double after = validation_loss(trainer, data);
+  if (prints) {
+    fmt::print("Validation loss after: {:.4f}\n", after);
+    print_sample(*model, "after training", options.seed);
+    fmt::print("The same step under each policy, {} rank{} x {} x {} tokens:\n\n", ranks.size(),
+               ranks.size() == 1 ? "" : "s", data.batch(), kTokens);
+    std::fflush(stdout);
+  }
+  model->evaluate();
+  const auto rows =
+      policy_table(*model, *meta_model, data.validation(ranks.rank()), 3, trainer.hooks);
+  if (prints) {
+    fmt::print("{}\n", to_string(rows));
+  }
   if (!agree(rows)) {
     return absl::InternalError("the rows above must have one digest and measured bytes within 1%");
   }
-  fmt::print("All gradients are bitwise equal under every policy. Peak resident: {}.\n",
-             human_bytes(peak_resident_bytes()));
+  if (prints) {
+    fmt::print("All gradients are bitwise equal under every policy. Peak resident: {}.\n",
+               human_bytes(peak_resident_bytes()));
+  }
   return absl::OkStatus();
 }
 

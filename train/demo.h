@@ -8,6 +8,7 @@
 #include <absl/status/status.h>
 
 #include "core/tensor.h"
+#include "distributed/communicator.h"
 #include "nn/models/model.h"
 
 namespace reprise::train {
@@ -26,6 +27,7 @@ std::unique_ptr<nn::Model> demo_model(Device device);
 
 // Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
 // when the policies' gradients differ or a prediction is off.
-absl::Status run_demo(const DemoOptions& options);
+// With several ranks the batch is split, gradients are reduced, and rank 0 prints.
+absl::Status run_demo(const DemoOptions& options, distributed::Communicator& communicator);
 
 }  // namespace reprise::train

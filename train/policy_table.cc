@@ -26,6 +26,9 @@ nn::Batch on(const nn::Batch& batch, Device device) {
       *tensor = tensor->to(device);
     }
   }
+  if (batch.labels.shares_storage(batch.ids)) {
+    moved.labels = moved.ids;  // counted once, as there
+  }
   return moved;
 }
 
@@ -47,22 +50,30 @@ std::string gradient_digest(const std::vector<Parameter*>& parameters) {
 }
 
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
-                                    int repeats) {
+                                    int repeats, const SweepHooks& hooks) {
   const nn::Batch meta_batch = on(batch, meta);
   std::vector<PolicyRow> rows;
   for (const std::string& name : Policies::names()) {
     PolicyRow row;
     row.policy = name;
     zero_gradients(meta_model);
-    row.predicted_bytes = activation_bytes(
-        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name)));
+    row.predicted_bytes =
+        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name))
+            .peak_transient_bytes;
     zero_gradients(meta_model);
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
       zero_gradients(model);
       const auto start = std::chrono::steady_clock::now();
+      BackwardOptions options;
+      if (hooks.before) {
+        hooks.before(options);
+      }
       const StepReport step =
-          measure_step([&] { return model.loss(batch); }, Policies::named(name), cpu);
+          measure_step([&] { return model.loss(batch); }, Policies::named(name), cpu, options);
+      if (hooks.after) {
+        hooks.after();
+      }
       times.push_back(
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
               .count());

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "nn/models/model.h"
+#include "train/trainer.h"
 
 namespace reprise::train {
 
@@ -25,9 +26,9 @@ struct PolicyRow {
 std::string gradient_digest(const std::vector<Parameter*>& parameters);
 
 // One row a policy. `meta_model` is the same model on meta. The model's parameters stay as they
-// are; gradients end up zeroed.
+// are; gradients end up zeroed. `hooks` go around the measured sweeps, not the dry runs.
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
-                                    int repeats = 3);
+                                    int repeats = 3, const SweepHooks& hooks = {});
 std::string to_string(const std::vector<PolicyRow>& rows);
 // True when every row has the same digest, and each prediction is within 1% of what was measured.
 bool agree(const std::vector<PolicyRow>& rows);

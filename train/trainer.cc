@@ -31,12 +31,12 @@ double Trainer::forward_backward(const nn::Batch& batch) {
   }
   BackwardOptions backward_options;
   backward_options.parameters = parameters_;
-  if (before_backward) {
-    before_backward(backward_options);
+  if (hooks.before) {
+    hooks.before(backward_options);
   }
   backward(loss, backward_options);
-  if (after_backward) {
-    after_backward();
+  if (hooks.after) {
+    hooks.after();
   }
   return value;
 }

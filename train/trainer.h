@@ -18,15 +18,20 @@ struct TrainerOptions {
   Policies policies;
 };
 
+// Calls before and after each backward; empty: nothing.
+struct SweepHooks {
+  std::function<void(BackwardOptions&)> before;
+  std::function<void()> after;
+};
+
 class Trainer {
  public:
   // The model's trainable parameters are the optimizer's. `generator` feeds its dropout. Both must
   // outlive the trainer.
   Trainer(nn::Model& model, Generator& generator, TrainerOptions options);
 
-  // What happens around backward, for reduction over ranks; empty: nothing.
-  std::function<void(BackwardOptions&)> before_backward;
-  std::function<void()> after_backward;
+  // What happens around backward, for reduction over ranks.
+  SweepHooks hooks;
 
   // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
   // where a step is a dry run with the same allocations. Throws Error when the loss is not finite:

@@ -291,8 +291,11 @@ TEST(Models, ADryRunPredictsThePeak) {
           parameter->zero_gradient();
         }
       }
+      const std::int64_t meta_bytes = allocator(meta).report().live_bytes;
       const StepReport predicted = dry_run([&] { return shapes->loss(dry); }, policies);
+      const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
       const StepReport measured = measure_step([&] { return real->loss(batch); }, policies, cpu);
+      EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
       EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
       EXPECT_EQ(predicted.tape.dropped_bytes, measured.tape.dropped_bytes) << name;
       EXPECT_EQ(predicted.replay_flops, measured.replay_flops) << name;

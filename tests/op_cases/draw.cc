@@ -1,8 +1,11 @@
 // Inputs for the rows: what the tests and the benchmarks of kernels run on.
 #include <cmath>
 #include <limits>
+#include <map>
 #include <numbers>
 #include <string_view>
+#include <tuple>
+#include <vector>
 
 #include "core/philox.h"
 #include "tests/op_case.h"
@@ -57,13 +60,27 @@ double draw(const Argument& argument, std::uint64_t seed, std::int64_t i) {
   return 0;
 }
 
+// Kept: a case draws the same numbers dozens of times.
+const std::vector<double>& drawn(const Argument& argument, std::uint64_t seed, std::int64_t count) {
+  static std::map<std::tuple<std::uint64_t, Fill, std::int64_t>, std::vector<double>> kept;
+  std::vector<double>& values = kept[{seed, argument.fill, argument.limit}];
+  for (auto i = static_cast<std::int64_t>(values.size()); i < count; ++i) {
+    values.push_back(draw(argument, seed, i));
+  }
+  return values;
+}
+
 Tensor draw_argument(const Argument& argument, std::uint64_t seed, DType dtype) {
   Tensor tensor = Tensor::empty(argument.shape, dtype);
+  if (!argument.values.empty()) {
+    for (std::int64_t i = 0; i < tensor.numel(); ++i) {
+      set(tensor, i, static_cast<double>(argument.values[static_cast<std::size_t>(i)]));
+    }
+    return tensor;
+  }
+  const std::vector<double>& values = drawn(argument, seed, tensor.numel());
   for (std::int64_t i = 0; i < tensor.numel(); ++i) {
-    const bool given = !argument.values.empty();
-    set(tensor, i,
-        given ? static_cast<double>(argument.values[static_cast<std::size_t>(i)])
-              : draw(argument, seed, i));
+    set(tensor, i, values[static_cast<std::size_t>(i)]);
   }
   return tensor;
 }

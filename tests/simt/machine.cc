@@ -13,6 +13,7 @@
 #include "tests/simt/report.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -163,6 +164,10 @@ void Machine::run_block(std::uint64_t number) {
   done_ = at_barrier_ = 0;
   memory_->start_block();
   for (Thread* thread : run_order_) {
+#if defined(__SANITIZE_ADDRESS__)
+    // What ran here before was left in the middle, with its locals marked.
+    __asan_unpoison_memory_region(thread->stack, kStackBytes);
+#endif
     thread->context = make_fcontext(thread->stack + kStackBytes, kStackBytes, &Machine::entry);
     push_ready(*thread);
   }
