@@ -312,7 +312,7 @@ TEST(Matmul, LibrariesAgree) {
 
 TEST(Matmul, WorkspaceOnMetaIsThatOfTheDevice) {
   const auto peak = [](Device device, DType dtype) {
-    const Tensor a = Tensor::empty(Shape{300, 500}, dtype, device);
+    const Tensor a = Tensor::empty(Shape{500, 300}, dtype, device);
     const Tensor b = Tensor::empty(Shape{500, 400}, dtype, device);
     const Tensor c = Tensor::empty(Shape{300, 400}, dtype, device);
     if (!a.is_meta()) {
@@ -320,7 +320,7 @@ TEST(Matmul, WorkspaceOnMetaIsThatOfTheDevice) {
       b.zero();
     }
     allocator(device).reset_peak();
-    matmul(a, b, c);
+    matmul(a, b, c, {.transpose_a = true});  // copies parts of a, whatever the library
     const MemoryReport report = allocator(device).report();
     EXPECT_EQ(report.live[static_cast<std::size_t>(MemoryKind::workspace)], 0);
     return report.peak[static_cast<std::size_t>(MemoryKind::workspace)];
