@@ -124,19 +124,55 @@ TEST(Arena, RandomBlocksKeepTheirContents) {
   }
 }
 
-TEST(Arena, FreePagesGoBackBeyondTheSlack) {
-  Arena arena(std::size_t{1} << 20);
-  constexpr std::size_t kBytes = std::size_t{64} << 20;
-  auto* at = static_cast<unsigned char*>(arena.allocate(kBytes));
-  std::fill(at, at + kBytes, 1);
-  arena.free(at, kBytes);
-  std::vector<unsigned char> resident(kBytes / 4096);
-  ASSERT_EQ(mincore(at, kBytes, resident.data()), 0);
+std::size_t resident_bytes(const void* at, std::size_t bytes) {
+  std::vector<unsigned char> resident(bytes / 4096);
+  EXPECT_EQ(mincore(const_cast<void*>(at), bytes, resident.data()), 0);
   std::size_t pages = 0;
   for (unsigned char page : resident) {
     pages += page & 1u;
   }
-  EXPECT_LE(pages * 4096, std::size_t{1} << 20);
+  return pages * 4096;
+}
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+unsigned char* filled(Arena& arena, std::size_t bytes) {
+  auto* at = static_cast<unsigned char*>(arena.allocate(bytes));
+  std::fill(at, at + bytes, static_cast<unsigned char>(1));
+  return at;
+}
+
+TEST(Arena, WhatWasTouchedServesTheNextStepWithoutFaults) {
+  Arena arena(kMiB);
+  auto* const at = filled(arena, 64 * kMiB);
+  arena.free(at, 64 * kMiB);
+  EXPECT_EQ(resident_bytes(at, 64 * kMiB), 64 * kMiB);
+  EXPECT_EQ(arena.allocate(64 * kMiB), at);
+  arena.free(at, 64 * kMiB);
+}
+
+TEST(Arena, FreePagesGoBackBeyondTheMostThatWasLive) {
+  Arena arena(kMiB);
+  std::vector<unsigned char*> blocks;
+  for (int i = 0; i < 16; ++i) {
+    blocks.push_back(filled(arena, 4 * kMiB));
+  }
+  for (std::size_t i = 0; i < blocks.size(); i += 2) {
+    arena.free(blocks[i], 4 * kMiB);
+  }
+  auto* const large = filled(arena, 32 * kMiB);  // fits into none of the holes
+  std::size_t resident = resident_bytes(large, 32 * kMiB);
+  EXPECT_EQ(resident, 32 * kMiB);
+  for (unsigned char* block : blocks) {
+    resident += resident_bytes(block, 4 * kMiB);
+  }
+  EXPECT_LE(resident, 65 * kMiB);
+  EXPECT_EQ(resident, arena.resident_bytes());
+  for (std::size_t i = 1; i < blocks.size(); i += 2) {
+    for (std::size_t k = 0; k < 4 * kMiB; k += 997) {
+      ASSERT_EQ(blocks[i][k], 1);
+    }
+  }
 }
 
 TEST(Parallel, ChunksAreTheSameForAnyNumberOfThreads) {
