@@ -65,13 +65,19 @@ void TapeState::fold(std::int32_t id) {
   for (Value* v : segment.kept) {
     v->candidate = candidate;
   }
-  for (std::int32_t c : segment.children) {
-    for (Value* v : segments_[static_cast<std::size_t>(c)].keep) {
-      const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
-      if (must || ask_policy(segment, v) != Keep::Drop) {
-        v->candidate = candidate;
-      }
+  const auto keep_from_child = [&](Value* v) {
+    if (outside(v, segment)) {
+      return;
     }
+    const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
+    if (must || ask_policy(segment, v) != Keep::Drop) {
+      v->candidate = candidate;
+    }
+  };
+  for (std::int32_t c : segment.children) {
+    const Segment& child = segments_[static_cast<std::size_t>(c)];
+    std::ranges::for_each(child.hold, keep_from_child);
+    std::ranges::for_each(child.keep, keep_from_child);
   }
   Closure closure(*this, id, candidate);
   for (std::int32_t r = segment.first; r < segment.last; ++r) {

@@ -85,8 +85,8 @@ class Allocator {
 
   // Records (time, live bytes, kind, segment) at each change while on.
   void set_timeline(bool on);
-  // {"device": ..., "events": [[microseconds, live_bytes, delta_bytes, "kind", "segment"], ...]}. The
-  // deltas of a kind add up to its live bytes: bytes that change their kind are two events.
+  // {"device": ..., "events": [[microseconds, live_bytes, delta_bytes, "kind", "segment"], ...]}.
+  // The deltas of a kind add up to its live bytes: bytes that change their kind are two events.
   std::string timeline_json() const;
 
  private:

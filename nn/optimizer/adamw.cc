@@ -105,7 +105,8 @@ void AdamW::step(double learning_rate, double gradient_scale) {
     }
     Slot slot = slots_[i].m.defined() ? slots_[i] : fresh_slot(p, slots_[i].decay);
     ++slot.step;
-    tensors.push_back({p.value(), p.gradient(), slot.m, slot.v, slot.master, slot.decay, slot.step});
+    tensors.push_back(
+        {p.value(), p.gradient(), slot.m, slot.v, slot.master, slot.decay, slot.step});
     stepped.emplace_back(i, std::move(slot));
   }
   kernels::adamw(tensors, settings);
