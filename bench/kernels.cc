@@ -43,7 +43,6 @@
 #include <fmt/format.h>
 
 #include "bench/kernels_report.h"
-#include "core/arena.h"
 #include "core/error.h"
 #include "core/parallel.h"
 
@@ -110,8 +109,6 @@ int run(const Options& options) {
   if (!options.out.empty() && !std::ofstream(options.out, std::ios::app)) {
     fail("bench_kernels", "cannot write {}", options.out);
   }
-  // In a step new pages cost the allocator's policy, not the kernel that touches them first.
-  Arena::default_slack_bytes = std::size_t{4} << 30;
   set_threads(options.threads);
   Peaks peaks;
   register_op_rows(peaks);

@@ -12,6 +12,8 @@
 namespace reprise::kernels::cpu {
 namespace {
 
+constexpr std::int64_t kFewTasks = 8;
+
 std::int64_t parts(std::int64_t size, std::int64_t of) {
   return (size + of - 1) / of;
 }
@@ -143,6 +145,7 @@ std::int64_t slots(const TileShape& s, const MatmulCut& cut, int threads) {
 // the rows of B are far apart and fall on few sets of the cache.
 MatmulCut matmul_cut(const TileShape& s) {
   MatmulCut cut{};
+  const bool f32 = s.inputs == DType::f32;
   if (s.transpose_a) {
     cut.turn_a = true;
     cut.rows = even(s.m, 384, 64);
@@ -151,11 +154,19 @@ MatmulCut matmul_cut(const TileShape& s) {
     cut.depth = s.k;
     return cut;
   }
-  const bool dense = s.inputs == DType::bf16 && s.k <= 1536 && s.n <= 4096;
-  cut.columns = even(s.n, dense ? 4096 : s.inputs == DType::bf16 ? 384 : 768, 64);
+  const bool dense = !f32 && s.k <= 1536 && s.n <= 4096;
+  cut.columns = even(s.n, dense ? 4096 : f32 ? 768 : 384, 64);
+  cut.rows = even(s.m, f32 ? 1024 : 512, 64);
+  // Few rows or few columns make few tasks: smaller ones, or most threads would have none.
+  const auto tasks = [&] { return parts(s.m, cut.rows) * parts(s.n, cut.columns); };
+  while (f32 && tasks() < kFewTasks && cut.columns > 256) {
+    cut.columns = even(s.n, cut.columns / 2, 64);
+  }
+  while (tasks() < kFewTasks && cut.rows > 128) {
+    cut.rows = even(s.m, cut.rows / 2, 64);
+  }
   cut.across = cut.columns;
-  cut.rows = even(s.m, dense ? 512 : 1024, 64);
-  cut.depth = s.output == DType::f32 && s.inputs == DType::f32 ? even(s.k, 1024, 64) : s.k;
+  cut.depth = s.output == DType::f32 && f32 ? even(s.k, 1024, 64) : s.k;
   return cut;
 }
 

@@ -1,5 +1,8 @@
 #include "core/allocator.h"
 
+#include <atomic>
+#include <chrono>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -90,6 +93,22 @@ TEST(Allocator, TimelineIsJson) {
   EXPECT_EQ(json["events"][0][4], "quote\"");
 }
 
+TEST(Allocator, TimelineOfAKindAddsUp) {
+  Allocator& memory = allocator(meta);
+  memory.set_timeline(true);
+  {
+    const Tensor x = Tensor::empty({10}, DType::f32, meta);
+    x.reclassify(MemoryKind::saved);
+  }
+  memory.set_timeline(false);
+  std::map<std::string, std::int64_t> live;
+  const auto json = nlohmann::json::parse(memory.timeline_json());
+  for (const auto& event : json["events"]) {
+    EXPECT_GE(live[event[3]] += event[2].get<std::int64_t>(), 0);
+  }
+  EXPECT_EQ(live, (std::map<std::string, std::int64_t>{{"activations", 0}, {"saved", 0}}));
+}
+
 // Blocks never overlap, and what is resident stays near what is live.
 TEST(Arena, RandomBlocksKeepTheirContents) {
   Arena arena(std::size_t{1} << 20);
@@ -124,19 +143,55 @@ TEST(Arena, RandomBlocksKeepTheirContents) {
   }
 }
 
-TEST(Arena, FreePagesGoBackBeyondTheSlack) {
-  Arena arena(std::size_t{1} << 20);
-  constexpr std::size_t kBytes = std::size_t{64} << 20;
-  auto* at = static_cast<unsigned char*>(arena.allocate(kBytes));
-  std::fill(at, at + kBytes, 1);
-  arena.free(at, kBytes);
-  std::vector<unsigned char> resident(kBytes / 4096);
-  ASSERT_EQ(mincore(at, kBytes, resident.data()), 0);
+std::size_t resident_bytes(const void* at, std::size_t bytes) {
+  std::vector<unsigned char> resident(bytes / 4096);
+  EXPECT_EQ(mincore(const_cast<void*>(at), bytes, resident.data()), 0);
   std::size_t pages = 0;
   for (unsigned char page : resident) {
     pages += page & 1u;
   }
-  EXPECT_LE(pages * 4096, std::size_t{1} << 20);
+  return pages * 4096;
+}
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+unsigned char* filled(Arena& arena, std::size_t bytes) {
+  auto* at = static_cast<unsigned char*>(arena.allocate(bytes));
+  std::fill(at, at + bytes, static_cast<unsigned char>(1));
+  return at;
+}
+
+TEST(Arena, WhatWasTouchedServesTheNextStepWithoutFaults) {
+  Arena arena(kMiB);
+  auto* const at = filled(arena, 64 * kMiB);
+  arena.free(at, 64 * kMiB);
+  EXPECT_EQ(resident_bytes(at, 64 * kMiB), 64 * kMiB);
+  EXPECT_EQ(arena.allocate(64 * kMiB), at);
+  arena.free(at, 64 * kMiB);
+}
+
+TEST(Arena, FreePagesGoBackBeyondTheMostThatWasLive) {
+  Arena arena(kMiB);
+  std::vector<unsigned char*> blocks;
+  for (int i = 0; i < 16; ++i) {
+    blocks.push_back(filled(arena, 4 * kMiB));
+  }
+  for (std::size_t i = 0; i < blocks.size(); i += 2) {
+    arena.free(blocks[i], 4 * kMiB);
+  }
+  auto* const large = filled(arena, 32 * kMiB);  // fits into none of the holes
+  std::size_t resident = resident_bytes(large, 32 * kMiB);
+  EXPECT_EQ(resident, 32 * kMiB);
+  for (unsigned char* block : blocks) {
+    resident += resident_bytes(block, 4 * kMiB);
+  }
+  EXPECT_LE(resident, 65 * kMiB);
+  EXPECT_EQ(resident, arena.resident_bytes());
+  for (std::size_t i = 1; i < blocks.size(); i += 2) {
+    for (std::size_t k = 0; k < 4 * kMiB; k += 997) {
+      ASSERT_EQ(blocks[i][k], 1);
+    }
+  }
 }
 
 TEST(Parallel, ChunksAreTheSameForAnyNumberOfThreads) {
@@ -152,6 +207,48 @@ TEST(Parallel, ChunksAreTheSameForAnyNumberOfThreads) {
   }
   set_threads(before);
   parallel_for(0, 3, [](std::int64_t, std::int64_t) { FAIL(); });
+}
+
+// An exception that left a thread of the pool would end the process.
+TEST(Parallel, TheFirstExceptionReachesTheCaller) {
+  const int before = threads();
+  for (int count : {1, 2, 3}) {
+    set_threads(count);
+    const auto failing = [] {
+      parallel_for(100, 1, [](std::int64_t i, std::int64_t) {
+        if (i % 10 == 5) {
+          fail("loop", "does not work");
+        }
+      });
+    };
+    EXPECT_THROW(failing(), Error);
+    std::atomic<int> calls = 0;
+    parallel_for(100, 1, [&](std::int64_t, std::int64_t) { ++calls; });
+    EXPECT_EQ(calls, 100);
+  }
+  set_threads(before);
+}
+
+// Blocks that hold on to a huge page each must not cost a search at every allocation.
+TEST(Arena, PinnedPagesStayCheap) {
+  Arena arena(kMiB);
+  constexpr std::size_t kSmallBlock = 64 << 10;
+  std::vector<void*> large, pins;
+  for (int i = 0; i < 64; ++i) {
+    large.push_back(arena.allocate(2 * kMiB));
+    pins.push_back(arena.allocate(kSmallBlock));
+  }
+  for (void* at : large) {
+    arena.free(at, 2 * kMiB);
+  }
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 20000; ++i) {
+    arena.free(arena.allocate(3 * kMiB), 3 * kMiB);
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(2));
+  for (void* at : pins) {
+    arena.free(at, kSmallBlock);
+  }
 }
 
 }  // namespace
