@@ -66,10 +66,9 @@ struct Run {
 };
 
 // One forward and backward of `loss` under the policy.
-Run run(const char* policy, nn::Module& module, const std::function<Variable()>& loss,
-        const std::function<void(const Variable&)>& sweep = [](const Variable& l) {
-          backward(l);
-        }) {
+Run run(
+    const char* policy, nn::Module& module, const std::function<Variable()>& loss,
+    const std::function<void(const Variable&)>& sweep = [](const Variable& l) { backward(l); }) {
   Tape tape;
   const Tape::Scope scope(tape, Policies::named(policy));
   sweep(loss());
@@ -100,7 +99,8 @@ void expect_same_under_every_policy(
 // class that would carry one, no function to be replaced.
 struct TowerBlock : nn::Module {
   explicit TowerBlock(nn::Place place)
-      : norm(kWidth, 1e-5, place), up(kWidth, 2 * kWidth, {.bias = true}, place),
+      : norm(kWidth, 1e-5, place),
+        up(kWidth, 2 * kWidth, {.bias = true}, place),
         down(2 * kWidth, kWidth, {.bias = true}, place) {
     add("norm", norm);
     add("up", up);
@@ -125,8 +125,9 @@ struct Tower : nn::Module {
     for (Parameter* p : parameters()) {
       const Tensor value = p->write();
       for (std::int64_t i = 0; i < value.numel(); ++i) {
-        value.data<float>()[i] = static_cast<float>(philox(seed, static_cast<std::uint64_t>(i))[0] %
-                                                    1000) / 2500.0f - 0.2f;
+        value.data<float>()[i] =
+            static_cast<float>(philox(seed, static_cast<std::uint64_t>(i))[0] % 1000) / 2500.0f -
+            0.2f;
       }
       ++seed;
     }
