@@ -104,12 +104,20 @@ absl::Status write_shards(const std::string& folder,
   return replace_file(inside(folder, kIndex), index.dump(2) + "\n");
 }
 
+// "model-00001-of-00003.safetensors" as a save writes it: other files are the user's.
+bool is_shard(std::string_view file) {
+  constexpr std::string_view kForm = "model-#####-of-#####.safetensors";
+  return std::ranges::equal(file, kForm, [](char c, char form) {
+    return form == '#' ? c >= '0' && c <= '9' : c == form;
+  });
+}
+
 // Weights of an earlier save would be read in place of, or beside, the new ones.
 absl::Status remove_old_weights(const std::string& folder, std::size_t shards) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(folder, error)) {
     const std::string file = entry.path().filename().string();
-    const bool shard = file.starts_with("model-") && file.ends_with(".safetensors");
+    const bool shard = is_shard(file);
     const bool current = shard && file.ends_with(fmt::format("-of-{:05}.safetensors", shards));
     const bool old = shards == 1 ? shard || file == kIndex : file == kSingle || (shard && !current);
     if (old) {

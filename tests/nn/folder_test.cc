@@ -128,6 +128,25 @@ TEST(Folder, ShardsRoundTripAndReplaceEachOther) {
   EXPECT_EQ(std::distance(begin(files), end(files)), 2);
 }
 
+TEST(Folder, ASaveRemovesNoFileOfTheUsers) {
+  const Folder out;
+  const auto model = load(golden("qwen2").string());
+  const std::vector<std::string> own = {
+      "model-ema.safetensors", "model-00001-of-00002-ema.safetensors", "model-1-of-2.safetensors",
+      "model-00001-of-00002.safetensors.bak", "my-model-00001-of-00002.safetensors"};
+  for (const std::string& file : own) {
+    testing::write(out.at(file), file);
+  }
+  testing::write(out.at("model-00007-of-00009.safetensors"), "of an earlier save");
+  for (const std::int64_t bytes : {1 << 30, 20000}) {
+    ASSERT_TRUE(save_model(*model, out.path().string(), {.max_shard_bytes = bytes}).ok());
+    for (const std::string& file : own) {
+      EXPECT_EQ(contents(out.at(file)), file);
+    }
+    EXPECT_FALSE(std::filesystem::exists(out.at("model-00007-of-00009.safetensors")));
+  }
+}
+
 TEST(Folder, ATensorLargerThanAShardStandsAlone) {
   const Folder out;
   const auto model = load(golden("qwen2").string());
