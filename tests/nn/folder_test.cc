@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "core/allocator.h"
 #include "nn/weights/json.h"
 #include "tests/nn/files.h"
 
@@ -221,6 +222,33 @@ TEST(Folder, AShapeThatDoesNotFitIsAnError) {
   EXPECT_EQ(message(copy.path()),
             copy.folder.at("model.safetensors") +
                 ": tensor \"model.norm.weight\" of type I64 cannot be read as f32");
+}
+
+// config.json may say anything; what the files do not have is not allocated.
+TEST(Folder, SizesOfTheConfigAreCheckedAgainstTheFilesFirst) {
+  const auto with = [](const std::string& key, std::int64_t size) {
+    Copy copy("llama");
+    copy.write();
+    auto json = nlohmann::json::parse(contents(copy.folder.at("config.json")));
+    json[key] = size;
+    testing::write(copy.folder.at("config.json"), json.dump());
+    const absl::Status status = load_model(copy.path()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    const std::string folder = copy.path() + "/";
+    EXPECT_THAT(std::string(status.message()), ::testing::StartsWith(copy.path()));
+    return std::string(status.message().substr(folder.size()));
+  };
+  allocator(cpu).reset_peak();
+  const std::int64_t before = allocator(cpu).report().peak_bytes;
+  EXPECT_EQ(with("vocab_size", 60'000'000),
+            "model.safetensors: tensor \"model.embed_tokens.weight\" must have shape [60000000, "
+            "32], got [101, 32]");
+  EXPECT_THAT(with("num_hidden_layers", 10000), HasSubstr("tensors are missing: "));
+  EXPECT_EQ(with("num_hidden_layers", 3'000'000),
+            "config.json: num_hidden_layers must be at most 10000, got 3000000");
+  EXPECT_EQ(with("hidden_size", std::int64_t{1} << 62),
+            "config.json: hidden_size must be at most 1048576, got 4611686018427387904");
+  EXPECT_LT(allocator(cpu).report().peak_bytes - before, 1 << 20);
 }
 
 TEST(Folder, FilesThatAreNotThere) {
