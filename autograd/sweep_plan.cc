@@ -71,6 +71,10 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     if (!wrt[i].needs_gradient()) {
       fail("backward", "value {} does not need a gradient", i);
     }
+    if (const Parameter* p = wrt[i].value()->parameter) {
+      fail("backward", "value {} is parameter {}: call backward() and read its gradient()", i,
+           p->name());
+    }
   }
 }
 

@@ -132,8 +132,9 @@ struct BackwardOptions {
 void backward(std::span<const Variable> losses, const BackwardOptions& options = {});
 void backward(const Variable& loss, const BackwardOptions& options = {});
 
-// Gradients with respect to chosen values (leaves or interior); undefined where the losses do not
-// depend on one. Parameters' gradients are added to as by backward().
+// Gradients with respect to chosen values (Variable::leaf or interior); undefined where the losses
+// do not depend on one. Parameters' gradients are added to as by backward(); a parameter itself as
+// a chosen value is an Error: what its gradient() holds is the sum over sweeps.
 std::vector<Tensor> grad(std::span<const Variable> losses, std::span<const Variable> wrt,
                          const BackwardOptions& options = {});
 

@@ -237,6 +237,11 @@ TEST_F(TapeErrors, OfBackwardsArguments) {
               grad({&loss, 1}, constant);
             }),
             "[backward] value 0 does not need a gradient");
+  const Variable parameter[] = {Variable(w_)};
+  EXPECT_EQ(error_of([&] {
+              grad({&loss, 1}, parameter);
+            }),
+            "[backward] value 0 is parameter w: call backward() and read its gradient()");
   const Variable absent[] = {Variable()};
   EXPECT_EQ(error_of([&] { grad({&loss, 1}, absent); }), "[backward] value 0 is absent");
   Tape other;
