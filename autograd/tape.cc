@@ -158,16 +158,16 @@ void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
   }
 }
 
-// Constants of the user's belong to the first tape that records a read of them.
+void TapeState::bind(Value* value) {
+  if (value->tape == nullptr) {
+    value->tape = this;
+    value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
+    retain(value);
+    values_.push_back(value);
+  }
+}
+
 void TapeState::bind(std::span<Variable> inputs) {
-  auto bind = [this](Value* value) {
-    if (value->tape == nullptr) {
-      value->tape = this;
-      value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
-      retain(value);
-      values_.push_back(value);
-    }
-  };
   for (const Variable& input : inputs) {
     if (input.defined()) {
       bind(input.value());

@@ -57,6 +57,8 @@ class TapeState {
   void name_value(Value* value, std::string_view name);
   void reset();
   void on_drop(const Value& root);
+  // A constant or leaf of the user's belongs to the first tape that reads it.
+  void bind(Value* value);
 
   // Reading
   std::span<Value* const> inputs(const Record& r) const {

@@ -63,6 +63,28 @@ TEST_F(Recording, GradientsOfLeavesAndOfInteriorValues) {
   EXPECT_EQ(numbers(w_.gradient()), (std::vector<float>{4, 9}));
 }
 
+TEST_F(Recording, ALeafThatIsItselfALossKeepsNothingOfASweep) {
+  const Variable x = Variable::leaf(vec({3}));
+  for (bool fails : {false, true, false}) {
+    BackwardOptions options;
+    Parameter* all[] = {&w_};
+    options.parameters = all;
+    if (fails) {
+      options.on_ready = [](Parameter&) { throw std::runtime_error("no"); };
+      EXPECT_THROW(grad({&x, 1}, {&x, 1}, options), std::runtime_error);
+      w_.zero_gradient();
+      continue;
+    }
+    EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, options)[0]), (std::vector<float>{1}));
+    EXPECT_EQ(live(MemoryKind::gradients), 0);
+  }
+  BackwardOptions keep;
+  keep.keep = true;
+  EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, keep)[0]), (std::vector<float>{1}));
+  EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1})[0]), (std::vector<float>{1}));
+  EXPECT_EQ(numbers(toy_square(x)), (std::vector<float>{9})) << "it is not stale";
+}
+
 TEST_F(Recording, ScaleIsTheUpstreamGradientOfEachLoss) {
   const Variable losses[] = {toy_sum(w_), toy_sum(toy_scale(w_, 10))};
   BackwardOptions options;
