@@ -45,6 +45,11 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     fail("backward", "scale must have one factor a loss = {}, got {}", losses.size(),
          options.scale.size());
   }
+  for (std::size_t i = 0; i < options.parameters.size(); ++i) {
+    if (options.parameters[i] == nullptr) {
+      fail("backward", "parameter {} of the options is null", i);
+    }
+  }
   auto expect_on_tape = [&](const Variable& v, const char* what, std::size_t i) {
     if (!v.defined()) {
       fail("backward", "{} {} is absent", what, i);
@@ -183,7 +188,7 @@ void SweepPlan::find_last_reads() {
 }
 
 void SweepPlan::order(const BackwardOptions& options) {
-  std::vector<std::pair<Parameter*, Reader>> reached, unreached;
+  std::vector<std::pair<Parameter*, Reader>> reached;
   for (const auto& [p, reader] : readers) {
     if (reader.expected > 0) {
       reached.emplace_back(p, reader);
@@ -193,9 +198,11 @@ void SweepPlan::order(const BackwardOptions& options) {
     return std::tuple(-a.second.ready_at, a.second.slot) <
            std::tuple(-b.second.ready_at, b.second.slot);
   });
+  std::unordered_set<Parameter*> seen;       // a tied one may be given at each of its places
   for (Parameter* p : options.parameters) {  // in the caller's order
     const auto it = readers.find(p);
-    if (p->trainable() && (it == readers.end() || it->second.expected == 0)) {
+    if (p->trainable() && seen.insert(p).second &&
+        (it == readers.end() || it->second.expected == 0)) {
       plan.order.push_back({p, 0, it == readers.end() ? -1 : it->second.last_read});
       plan.unreached.push_back(p);
     }

@@ -85,6 +85,21 @@ TEST_F(Readiness, UnreachedParametersComeFirstAndAreNamed) {
   EXPECT_FALSE(v_.has_gradient());
 }
 
+TEST_F(Readiness, AParameterGivenTwiceIsAnnouncedOnce) {
+  Parameter unused("unused", vec({1}));
+  EXPECT_EQ(sweep(toy_sum(toy_square(w_)), {&unused, &w_, &unused, &w_}),
+            (Names{"unused x 0", "w x 1"}));
+  EXPECT_EQ(unreached_, (Names{"unused"}));
+}
+
+TEST_F(Readiness, ANullParameterIsANamedError) {
+  EXPECT_EQ(error_of([&] {
+              sweep(toy_sum(toy_square(w_)), {&w_, nullptr});
+            }),
+            "[backward] parameter 1 of the options is null");
+  EXPECT_FALSE(w_.has_gradient());
+}
+
 TEST_F(Readiness, TwoLossesCountTogether) {
   Variable h = toy_mul(w_, v_);
   const Variable losses[] = {toy_sum(toy_mul(h, w_)), toy_sum(h)};
