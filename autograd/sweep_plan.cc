@@ -210,6 +210,9 @@ void SweepPlan::order(const BackwardOptions& options) {
   for (const auto& [p, reader] : reached) {
     plan.order.push_back({p, reader.expected, reader.last_read});
   }
+  if (options.reach_all) {
+    expect_all_reached();
+  }
   for (const Ready& ready : plan.order) {
     if (ready.parameter->stale()) {
       fail("backward", "the gradient of {} is stale after a failed backward: zero it first",
@@ -218,6 +221,16 @@ void SweepPlan::order(const BackwardOptions& options) {
   }
   if (options.on_last_read) {
     announce_last_reads();
+  }
+}
+
+void SweepPlan::expect_all_reached() const {
+  std::string names;
+  for (const Parameter* p : plan.unreached) {
+    names += (names.empty() ? "" : ", ") + p->name();
+  }
+  if (!names.empty()) {
+    fail("backward", "no path leads from the losses to {}", names);
   }
 }
 

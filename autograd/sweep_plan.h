@@ -37,6 +37,7 @@ struct SweepPlan {
   void find_last_reads();
   void order(const BackwardOptions& options);
   void announce_last_reads();
+  void expect_all_reached() const;
 
   TapeState& tape_;
   std::vector<char> may_run_;

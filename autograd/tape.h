@@ -119,6 +119,9 @@ struct BackwardOptions {
   std::vector<double> scale;
   // Given, the plan covers them all, and names those that the losses do not reach.
   std::span<Parameter* const> parameters;
+  // A trainable parameter of those that the losses do not reach is an Error that names them all,
+  // thrown before on_plan.
+  bool reach_all = false;
   std::function<void(const Plan&)> on_plan;      // before any gradient is touched
   std::function<void(Parameter&)> on_ready;      // its gradient is complete
   std::function<void(Parameter&)> on_last_read;  // its data may be updated, freed, resharded
