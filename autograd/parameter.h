@@ -27,7 +27,8 @@ class Parameter {
   Tensor write();
   std::uint64_t version() const { return version_; }
   // Another storage for the value, of the same shape and dtype (a slice of a bucket, a mapped
-  // file); counts as a write.
+  // file); counts as a write. Throws Error in a sweep that may still read the data, so not before
+  // on_last_read.
   void bind_value(Tensor value);
 
   bool trainable() const { return trainable_; }
@@ -40,7 +41,8 @@ class Parameter {
   // For the optimizer, clipping and reduction; the same errors.
   Tensor write_gradient();
   bool stale() const { return stale_; }
-  // Absent again; a bound storage stays bound. Ends staleness.
+  // Absent again; a bound storage stays bound. Ends staleness. Like all that changes the gradient
+  // from outside it throws Error in a sweep that has yet to make the gradient ready.
   void zero_gradient();
   // f32 or the parameter's dtype; default the parameter's dtype. Only while absent.
   DType grad_dtype() const { return grad_dtype_.value_or(value_.dtype()); }
@@ -56,6 +58,8 @@ class Parameter {
   friend struct Sweep;
 
  private:
+  void expect_ready(const char* caller) const;
+
   std::string name_;
   Tensor value_;
   Tensor gradient_;  // bound or own storage; meaningful when has_gradient_
@@ -66,6 +70,8 @@ class Parameter {
   bool bound_ = false;
   bool stale_ = false;
   bool sweeping_ = false;
+  bool gradient_pending_ = false;  // in a sweep: not ready yet
+  bool data_pending_ = false;      // in a sweep: its last read was not announced yet
 };
 
 }  // namespace reprise

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "autograd/gradients.h"
+#include "autograd/parameter_sweep.h"
 #include "autograd/replay.h"
 #include "autograd/sweep_plan.h"
 #include "autograd/tape_state.h"
@@ -194,9 +195,7 @@ class Sweep {
       take_over_forward_needs();
       parameters.start();
       seed(parameters);
-      for (Parameter* p : plan_.never_read) {
-        options_.on_last_read(*p);
-      }
+      announce_last_reads(plan_.never_read);
       for (auto r = static_cast<std::int32_t>(tape_.records().size()) - 1; r >= 0; --r) {
         step(r, parameters);
       }
@@ -287,9 +286,14 @@ class Sweep {
       tape_.each_saved(record, drop_need);
     }
     if (options_.on_last_read) {
-      for (Parameter* p : plan_.last_reads[static_cast<std::size_t>(r)]) {
-        options_.on_last_read(*p);
-      }
+      announce_last_reads(plan_.last_reads[static_cast<std::size_t>(r)]);
+    }
+  }
+
+  void announce_last_reads(const std::vector<Parameter*>& parameters) {
+    for (Parameter* p : parameters) {
+      Parameter::Sweep::read_last(*p);
+      options_.on_last_read(*p);
     }
   }
 

@@ -132,6 +132,62 @@ TEST_F(Failures, WithUndoEveryGradientIsAsBeforeAndNotStale) {
   EXPECT_NE(gradients(), before);
 }
 
+TEST_F(Failures, WithUndoAGradientThatACallbackZeroedIsRestored) {
+  Tape tape;
+  Tape::Scope scope(tape);
+  for (bool bound : {false, true}) {
+    zero();
+    if (bound) {
+      w_.bind_gradient(Tensor::zeros({2}, DType::f32));
+      v_.bind_gradient(Tensor::zeros({2}, DType::f32));
+    }
+    backward(forward());
+    const auto before = gradients();
+    BackwardOptions options;
+    options.undo = true;
+    int ready = 0;
+    options.on_ready = [&](Parameter& p) {
+      p.zero_gradient();
+      if (++ready == 2) {
+        throw Injected();
+      }
+    };
+    EXPECT_THROW(backward(forward(), options), Injected);
+    EXPECT_EQ(gradients(), before) << bound;
+    EXPECT_FALSE(w_.stale());
+  }
+}
+
+TEST_F(Failures, WhatIsUnderWayInASweepCannotBeChangedFromOutside) {
+  Tape tape;
+  Tape::Scope scope(tape);
+  backward(forward());
+  BackwardOptions options;
+  options.on_ready = [&](Parameter& ready) {
+    if (&ready == &v_) {  // w comes later
+      EXPECT_EQ(error_of([&] { w_.zero_gradient(); }),
+                "[zero_gradient] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] { w_.bind_gradient(vec({0, 0})); }),
+                "[bind_gradient] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] { w_.set_grad_dtype(DType::f32); }),
+                "[set_grad_dtype] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] { w_.set_gradient_present(); }),
+                "[set_gradient_present] a sweep still adds to the gradient of w: wait for "
+                "on_ready");
+      EXPECT_EQ(error_of([&] { w_.bind_value(vec({0, 0})); }),
+                "[bind_value] a sweep may still read w: wait for on_last_read");
+    }
+    ready.zero_gradient();
+    ready.bind_gradient(Tensor::zeros({2}, DType::f32));
+  };
+  options.on_last_read = [&](Parameter& p) { p.bind_value(vec({9, 9})); };
+  backward(forward(), options);
+  EXPECT_FALSE(w_.has_gradient());
+  EXPECT_EQ(numbers(w_.value()), (std::vector<float>{9, 9}));
+  EXPECT_NO_THROW(w_.bind_value(vec({1, 1})));
+  EXPECT_NO_THROW(w_.zero_gradient());
+}
+
 TEST_F(Failures, ABoundGradientIsAbsentAgain) {
   Tape tape;
   Tape::Scope scope(tape);
