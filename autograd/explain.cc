@@ -75,17 +75,19 @@ std::string explain_segments(TapeState& tape) {
 
 std::string explain_parameters(const TapeState& tape) {
   struct Reads {
-    std::map<std::string, int> by_reader;
-    std::size_t order = 0;
+    const Value* leaf;
+    std::size_t order;
+    std::map<std::string, int> by_reader = {};
   };
-  std::map<const Parameter*, Reads> reads;
+  std::map<const ParameterLife*, Reads> reads;
   for (const Record& record : tape.records()) {
     for (const Value* input : tape.inputs(record)) {
       if (input == nullptr || !input->root->is_parameter()) {
         continue;
       }
+      const Value* leaf = input->root;
       Reads& entry =
-          reads.try_emplace(input->root->parameter, Reads{{}, reads.size()}).first->second;
+          reads.try_emplace(leaf->life.get(), Reads{leaf, reads.size()}).first->second;
       const std::string where =
           record.segment < 0
               ? ""
@@ -93,21 +95,23 @@ std::string explain_parameters(const TapeState& tape) {
       ++entry.by_reader[std::string(record.op->name()) + where];
     }
   }
-  std::vector<std::pair<const Parameter*, const Reads*>> ordered;
-  for (const auto& [parameter, entry] : reads) {
-    ordered.emplace_back(parameter, &entry);
+  std::vector<const Reads*> ordered;
+  for (const auto& [life, entry] : reads) {
+    ordered.push_back(&entry);
   }
-  std::ranges::sort(ordered, {}, [](const auto& item) { return item.second->order; });
+  std::ranges::sort(ordered, {}, &Reads::order);
   std::string text = fmt::format("{:<40} {:>6}  read by\n", "parameter", "reads");
-  for (const auto& [parameter, entry] : ordered) {
+  for (const Reads* entry : ordered) {
     int total = 0;
     std::string readers;
     for (const auto& [reader, count] : entry->by_reader) {
       total += count;
       readers += fmt::format("{}{} x{}", readers.empty() ? "" : ", ", reader, count);
     }
-    text += fmt::format("{:<40} {:>6}  {}{}\n", parameter->name(), total, readers,
-                        parameter->trainable() ? "" : " (frozen)");
+    const Value& leaf = *entry->leaf;
+    text += fmt::format("{:<40} {:>6}  {}{}\n",
+                        leaf.outlived() ? leaf.life->name : leaf.parameter->name(), total, readers,
+                        leaf.needs_gradient ? "" : " (frozen)");
   }
   return text;
 }

@@ -11,6 +11,11 @@ Parameter::Parameter(std::string name, Tensor value, bool trainable)
   value_.reclassify(MemoryKind::parameters);
 }
 
+Parameter::~Parameter() {
+  life_->ended = true;
+  life_->name = std::move(name_);
+}
+
 Tensor Parameter::write() {
   ++version_;
   return value_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -9,12 +10,19 @@
 
 namespace reprise {
 
+// What a tape that has read a parameter keeps of it: an address alone could be another one's later.
+struct ParameterLife {
+  bool ended = false;
+  std::string name;  // once ended
+};
+
 class Parameter {
  public:
   Parameter() = default;
   Parameter(std::string name, Tensor value, bool trainable = true);
   Parameter(const Parameter&) = delete;
   Parameter& operator=(const Parameter&) = delete;
+  ~Parameter();
 
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
@@ -53,6 +61,8 @@ class Parameter {
   // Throws Error when none is bound, or the gradient is stale.
   void set_gradient_present();
 
+  const std::shared_ptr<ParameterLife>& life() const { return life_; }
+
   // For the sweep.
   struct Sweep;
   friend struct Sweep;
@@ -61,6 +71,7 @@ class Parameter {
   void expect_ready(const char* caller) const;
 
   std::string name_;
+  std::shared_ptr<ParameterLife> life_ = std::make_shared<ParameterLife>();
   Tensor value_;
   Tensor gradient_;  // bound or own storage; meaningful when has_gradient_
   std::optional<DType> grad_dtype_;

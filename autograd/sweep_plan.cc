@@ -14,6 +14,12 @@ Parameter* parameter_of(const Value* input) {
   return input == nullptr ? nullptr : input->root->parameter;
 }
 
+void expect_alive(const Value* leaf) {
+  if (leaf->outlived()) {
+    fail("backward", "parameter {} was destroyed between forward and backward", leaf->life->name);
+  }
+}
+
 }  // namespace
 
 SweepPlan::SweepPlan(TapeState& tape, std::span<const Variable> losses,
@@ -61,6 +67,7 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     if (v.value()->tape != nullptr && v.value()->tape != &tape_) {
       fail("backward", "{} {} is on another tape", what, i);
     }
+    expect_alive(v.value());
   };
   for (std::size_t i = 0; i < losses.size(); ++i) {
     expect_on_tape(losses[i], "loss", i);
@@ -109,6 +116,7 @@ void SweepPlan::find_live(std::span<const Variable> losses) {
       }
       inputs[i]->reached = reached;
       if (Parameter* p = inputs[i]->parameter) {
+        expect_alive(inputs[i]);
         Reader& reader = readers[p];
         if (reader.expected == 0 || reader.ready_at != r) {
           reader.slot = i;  // the highest: contributions come in the order of the inputs
@@ -171,6 +179,7 @@ void SweepPlan::find_last_reads() {
         continue;
       }
       const Value* leaf = inputs[i]->root;
+      expect_alive(leaf);
       if (leaf->version != p->version()) {
         const std::string where =
             record.segment < 0
@@ -246,7 +255,9 @@ void SweepPlan::announce_last_reads() {
   };
   for (const Record& record : tape_.records()) {
     for (Value* input : tape_.inputs(record)) {
-      announce(parameter_of(input));
+      if (input != nullptr && !input->root->outlived()) {
+        announce(parameter_of(input));
+      }
     }
   }
   for (const Ready& ready : plan.order) {

@@ -127,7 +127,7 @@ Value* TapeState::add_value(Tensor tensor, Value* root) {
 }
 
 Value* TapeState::leaf(const Parameter& parameter) {
-  Value*& leaf = leaves_[&parameter];
+  Value*& leaf = leaves_[parameter.life().get()];
   if (leaf == nullptr || leaf->version != parameter.version() ||
       leaf->needs_gradient != parameter.trainable()) {
     Tensor layout = parameter.value();
@@ -135,6 +135,7 @@ Value* TapeState::leaf(const Parameter& parameter) {
     leaf = add_value(std::move(layout), nullptr);
     leaf->segment = -1;
     leaf->parameter = const_cast<Parameter*>(&parameter);
+    leaf->life = parameter.life();
     leaf->version = parameter.version();
     leaf->needs_gradient = parameter.trainable();
   }
@@ -154,6 +155,9 @@ void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
     const TapeState* home = value->tape != nullptr ? value->tape : value->root->tape;
     if (home != nullptr && home != this) {
       fail(op.name(), "input {} is on another tape than the current one: detach it", i);
+    }
+    if (value->root->is_parameter() && value->root->outlived()) {
+      fail(op.name(), "input {} is parameter {}, which was destroyed", i, value->root->life->name);
     }
   }
 }
@@ -335,7 +339,7 @@ void TapeState::reset() {
     // A constant of the user's may go onto another tape; all else has lost its history.
     value->stale = value->producer >= 0 || value->is_parameter() || value->is_view();
     if (value->is_parameter()) {
-      if (value->handles > 0) {
+      if (value->handles > 0 && !value->outlived()) {
         value->tensor = value->parameter->value();
       }
       value->parameter = nullptr;

@@ -120,7 +120,7 @@ class TapeState {
   std::vector<Value*> edges_;
   std::vector<Value*> values_;  // every cell that this tape refers to
   std::vector<Segment> segments_;
-  std::unordered_map<const Parameter*, Value*> leaves_;
+  std::unordered_map<const ParameterLife*, Value*> leaves_;  // the values keep the keys alive
   std::int32_t open_ = -1;  // innermost open segment
   std::uint32_t epoch_ = 0;
   bool report_ended_ = false;

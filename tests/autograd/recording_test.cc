@@ -189,6 +189,22 @@ TEST_F(Recording, TwoTapesMayReadOneParameterInTurn) {
   EXPECT_EQ(numbers(w_.gradient()), (std::vector<float>{3 + 1, 3 + 4}));
 }
 
+TEST_F(Recording, AParameterAtTheAddressOfADestroyedOneIsAnotherParameter) {
+  std::optional<Parameter> p(std::in_place, "old", vec({1, 2}));
+  Variable first = toy_square(*p);
+  const Parameter* address = &*p;
+  p.emplace("new", vec({3, 4, 5}));
+  ASSERT_EQ(&*p, address);
+  ASSERT_EQ(p->version(), 0u);
+  Variable loss = toy_sum(toy_square(*p));
+  BackwardOptions options;
+  std::vector<std::string> read;
+  options.on_last_read = [&](Parameter& parameter) { read.push_back(parameter.name()); };
+  backward(loss, options);
+  EXPECT_EQ(numbers(p->gradient()), (std::vector<float>{6, 8, 10}));
+  EXPECT_EQ(read, (std::vector<std::string>{"new"}));
+}
+
 // --- Errors --------------------------------------------------------------------------------------
 
 class TapeErrors : public Recording {};
@@ -222,6 +238,35 @@ TEST_F(TapeErrors, OfInputs) {
             "[device] the Variable is absent");
   EXPECT_EQ(error_of([&] { detach(Variable()); }), "[detach] the Variable is absent");
   EXPECT_EQ(error_of([&] { Variable::leaf(Tensor()); }), "[leaf] the tensor is undefined");
+}
+
+TEST_F(TapeErrors, OfADestroyedParameter) {
+  auto p = std::make_unique<Parameter>("gone", vec({1, 2}));
+  Variable handle(*p);
+  Variable view = toy_slice(handle, 0, 1);
+  const Variable losses[] = {
+      toy_sum(toy_square(handle)), toy_sum(toy_add(handle, w_)),
+      toy_sum(checkpoint("s", [&] { return toy_square(toy_add(w_, detach(handle))); }))};
+  p.reset();
+  for (const Variable& loss : losses) {
+    EXPECT_EQ(error_of([&] { backward(loss); }),
+              "[backward] parameter gone was destroyed between forward and backward");
+  }
+  EXPECT_EQ(error_of([&] { grad(losses, {&handle, 1}); }),
+            "[backward] parameter gone was destroyed between forward and backward");
+  for (const Variable& x : {handle, view}) {
+    EXPECT_EQ(error_of([&] { toy_square(x); }),
+              "[toy_square] input 0 is parameter gone, which was destroyed");
+    EXPECT_EQ(error_of([&] { static_cast<void>(x.tensor()); }),
+              "[tensor] parameter gone was destroyed");
+  }
+  EXPECT_NE(explain(tape_).find("gone "), std::string::npos);
+  tape_.reset();
+  for (const Variable& x : {handle, view}) {
+    EXPECT_EQ(error_of([&] { static_cast<void>(x.tensor()); }),
+              "[tensor] parameter gone was destroyed");
+  }
+  EXPECT_FALSE(w_.has_gradient());
 }
 
 TEST_F(TapeErrors, OfAViewThatOutlivesATruncatedSegment) {
