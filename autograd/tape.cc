@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 
 #include "autograd/tape_state.h"
 #include "core/allocator.h"
@@ -99,15 +100,24 @@ const Policies& Tape::policies() const {
   return state_->policies;
 }
 
-OpenSegment::OpenSegment(std::string_view name) : tape_(Tape::current()) {
+OpenSegment::OpenSegment(std::string_view name)
+    : tape_(Tape::current()), exceptions_(std::uncaught_exceptions()) {
   if (tape_ != nullptr) {
     tape_->state().open(name, tape_->policies().find(name));
   }
 }
 
 OpenSegment::~OpenSegment() noexcept(false) {
-  if (tape_ != nullptr && tape_->state().segment_open()) {
+  if (tape_ == nullptr || !tape_->state().segment_open()) {
+    return;
+  }
+  try {
     tape_->state().close();
+  } catch (...) {
+    tape_->state().reset();
+    if (std::uncaught_exceptions() == exceptions_) {
+      throw;
+    }
   }
 }
 

@@ -82,7 +82,9 @@ decltype(auto) no_grad(F&& f) {
 }
 
 // Opens a segment on the current tape; closes it at the end of its life, also when that is an
-// exception. Without a current tape it does nothing.
+// exception. Without a current tape it does nothing. When closing throws (a policy did) the tape is
+// reset, as nothing that it holds could be swept any more, and the exception goes on; an exception
+// that is under way already is the one that goes on.
 class OpenSegment {
  public:
   explicit OpenSegment(std::string_view name);
@@ -91,6 +93,7 @@ class OpenSegment {
 
  private:
   Tape* tape_;
+  int exceptions_;  // under way when it was opened
 };
 
 // Runs f(args...) once, now, and returns what it returns. The values that its ops made may be

@@ -242,6 +242,47 @@ TEST_F(Failures, AForwardThatFailsAtAnyCallLeavesTheTapeUsable) {
   }
 }
 
+// The outer policy is asked at each op of the outer segment, and at its close about what the inner
+// one keeps: there it throws a second time, while the first exception is under way.
+TEST_F(Failures, APolicyThatThrowsLeavesTheTapeUsable) {
+  Tape tape;
+  int calls = 0, fatal = -1;
+  const Policies policies = Policies()
+                                .set("outer",
+                                     [&](const Candidate&) {
+                                       if (++calls >= fatal && fatal > 0) {
+                                         throw Injected();
+                                       }
+                                       return Keep::Drop;
+                                     })
+                                .set("inner", keep_ops({"toy_tanh"}));
+  Tape::Scope scope(tape, policies);
+  auto step = [&] {
+    calls = 0;
+    Variable x = checkpoint("outer", [&] {
+      Variable y =
+          checkpoint("inner", [&] { return toy_square(toy_tanh(toy_mul(vec({1, 2}), w_))); });
+      return toy_square(toy_mul(y, v_));
+    });
+    return toy_sum(x);
+  };
+  backward(step());
+  const auto expected = gradients();
+  const int asked = calls;
+  EXPECT_EQ(asked, 3) << "two ops, and the inner's tanh at the close";
+  for (fatal = 1; fatal <= asked; ++fatal) {
+    zero();
+    EXPECT_THROW(step(), Injected) << fatal;
+    EXPECT_FALSE(tape.state().segment_open()) << fatal;
+    EXPECT_TRUE(tape.state().records().empty()) << fatal;
+    EXPECT_EQ(live(MemoryKind::saved), 0) << fatal;
+    fatal = -fatal;
+    backward(step());
+    EXPECT_EQ(gradients(), expected) << -fatal;
+    fatal = -fatal;
+  }
+}
+
 TEST_F(Failures, ACallbackThatThrowsIsAFailureOfTheSweep) {
   Tape tape;
   Tape::Scope scope(tape);

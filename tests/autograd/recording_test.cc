@@ -369,6 +369,9 @@ TEST_F(TapeErrors, OfParameters) {
   w_.bind_gradient(vec({0, 0}));
   EXPECT_EQ(error_of([&] { w_.set_grad_dtype(DType::f32); }),
             "[set_grad_dtype] w has a gradient or a bound storage already");
+  EXPECT_EQ(error_of([&] { Policies().set("layers.*", Policy()); }),
+            "[policy] the policy for segments \"layers.*\" is empty");
+  EXPECT_EQ(error_of([&] { keep_all() | Policy(); }), "[policy] one side of | is empty");
   EXPECT_EQ(error_of([&] { Policies::named("keep-some"); }),
             "[policy] must be one of keep-all, keep-products, inputs-only, nested, got "
             "\"keep-some\"");
