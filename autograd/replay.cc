@@ -3,49 +3,26 @@
 #include <algorithm>
 #include <vector>
 
+#include "autograd/run_forward.h"
 #include "core/allocator.h"
 
 namespace reprise {
 namespace {
 
 // An op running again. An input's buffer is given to an output when this is its last read.
-class ReplayForward final : public Forward {
+class ReplayForward final : public RunForward {
  public:
   ReplayForward(std::span<const Tensor> inputs, std::span<Value* const> values,
                 const Record& record)
-      : values_(values), outputs_(record.output_count) {
-    inputs_ = inputs;
-    gradients_ = record.gradients;
-    for (const Tensor& input : inputs) {
-      if (input.defined()) {
-        device_ = input.device();
-        break;
-      }
-    }
-  }
-  Tensor output(std::size_t k, const Shape& shape, DType dtype, int reuse) override {
-    if (reuse >= 0 && reusable(*values_[static_cast<std::size_t>(reuse)], shape, dtype)) {
-      Tensor& taken = values_[static_cast<std::size_t>(reuse)]->tensor;
-      outputs_[k] = taken.as_view(shape, contiguous_strides(shape), taken.offset());
-      taken.drop_storage();
-    } else {
-      outputs_[k] = Tensor::empty(shape, dtype, device_);
-    }
-    return outputs_[k];
-  }
-  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
-  std::vector<Tensor>& outputs() { return outputs_; }
+      : RunForward(inputs, record.output_count, record.gradients), values_(values) {}
 
  private:
-  static bool reusable(const Value& v, const Shape& shape, DType dtype) {
-    return !v.is_view() && v.producer >= 0 && v.pend == 1 && v.need == 0 && v.handles == 0 &&
-           v.tensor.dtype() == dtype && v.tensor.numel() == shape.numel() &&
-           v.tensor.is_contiguous() && v.tensor.storage_references() == 2 &&
-           v.tensor.storage_bytes() == v.tensor.bytes();
+  Value* last_use(std::size_t i) const override {
+    Value* v = values_[i];
+    return v != nullptr && v->pend == 1 && v->need == 0 && v->handles == 0 ? v : nullptr;
   }
 
   std::span<Value* const> values_;
-  std::vector<Tensor> outputs_;
 };
 
 }  // namespace
@@ -87,7 +64,7 @@ void Replay::enter(std::int32_t id) {
       inputs.push_back(v != nullptr ? v->read() : Tensor());
     }
     ReplayForward forward(inputs, values, record);
-    record.op->forward(forward);
+    forward.run(*record.op);
     inputs.clear();
     const auto outputs = tape_.outputs(record);
     for (std::size_t k = 0; k < outputs.size(); ++k) {

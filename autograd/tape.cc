@@ -4,6 +4,7 @@
 #include <cmath>
 #include <exception>
 
+#include "autograd/run_forward.h"
 #include "autograd/tape_state.h"
 #include "core/allocator.h"
 
@@ -12,46 +13,21 @@ namespace {
 
 // An op running for the first time. An input's buffer is given to an output when the handle that
 // the caller moved in is the last use of it.
-class RecordingForward final : public Forward {
+class RecordingForward final : public RunForward {
  public:
   RecordingForward(std::span<const Tensor> inputs, std::span<Variable> handles, std::size_t outputs,
                    Mask gradients, Mask saved_inputs)
-      : handles_(handles), outputs_(outputs), saved_inputs_(saved_inputs) {
-    inputs_ = inputs;
-    gradients_ = gradients;
-    for (const Tensor& input : inputs) {
-      if (input.defined()) {
-        device_ = input.device();
-        break;
-      }
-    }
-  }
-
-  Tensor output(std::size_t k, const Shape& shape, DType dtype, int reuse) override {
-    if (reuse >= 0 && reusable(static_cast<std::size_t>(reuse), shape, dtype)) {
-      Value* value = handles_[static_cast<std::size_t>(reuse)].value();
-      outputs_[k] = value->tensor.as_view(shape, contiguous_strides(shape), value->tensor.offset());
-      value->tensor.drop_storage();
-    } else {
-      outputs_[k] = Tensor::empty(shape, dtype, device_);
-    }
-    return outputs_[k];
-  }
-  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
-  std::vector<Tensor>& outputs() { return outputs_; }
+      : RunForward(inputs, outputs, gradients), handles_(handles), saved_inputs_(saved_inputs) {}
 
  private:
-  bool reusable(std::size_t i, const Shape& shape, DType dtype) const {
-    const Value* v = handles_[i].value();
-    return v != nullptr && !v->is_view() && v->producer >= 0 && v->handles == 1 && v->need == 0 &&
-           (saved_inputs_ >> i & 1u) == 0 && v->tensor.dtype() == dtype &&
-           v->tensor.numel() == shape.numel() && v->tensor.is_contiguous() &&
-           v->tensor.storage_references() == 2 &&  // the value's and the copy in inputs_
-           v->tensor.storage_bytes() == v->tensor.bytes();
+  Value* last_use(std::size_t i) const override {
+    Value* v = handles_[i].value();
+    const bool last =
+        v != nullptr && v->handles == 1 && v->need == 0 && (saved_inputs_ >> i & 1u) == 0;
+    return last ? v : nullptr;
   }
 
   std::span<Variable> handles_;
-  std::vector<Tensor> outputs_;
   Mask saved_inputs_;
 };
 
@@ -253,7 +229,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   hold_inputs(inputs, true);
   RecordingForward run(tensors, inputs, op->outputs(), gradients, saved.inputs);
   try {
-    op->forward(run);
+    run.run(*op);
   } catch (...) {
     hold_inputs(inputs, false);
     throw;

@@ -238,6 +238,8 @@ TEST_F(TapeErrors, OfInputs) {
             "[device] the Variable is absent");
   EXPECT_EQ(error_of([&] { detach(Variable()); }), "[detach] the Variable is absent");
   EXPECT_EQ(error_of([&] { Variable::leaf(Tensor()); }), "[leaf] the tensor is undefined");
+  EXPECT_EQ(error_of([&] { Variable::leaf(Tensor::zeros({2}, DType::i64)); }),
+            "[leaf] must be of a floating dtype, as its gradient is, got i64");
 }
 
 TEST_F(TapeErrors, OfADestroyedParameter) {
@@ -282,6 +284,42 @@ TEST_F(TapeErrors, OfAViewThatOutlivesATruncatedSegment) {
   tape_.reset();
   EXPECT_EQ(error_of([&] { toy_square(view); }),
             "[toy_square] input 0 is of a tape that was reset (after backward): detach it");
+}
+
+// Two outputs are declared, the second is forgotten; in a replay when `calls` says so.
+class Forgetful final : public Op {
+ public:
+  explicit Forgetful(int& calls) : calls_(calls) {}
+  std::string_view name() const override { return "forgetful"; }
+  std::size_t outputs() const override { return 2; }
+  void forward(Forward& run) const override {
+    run.output(0, run.input(0).shape(), DType::f32).zero();
+    if (calls_-- > 0) {
+      run.output(1, run.input(0).shape(), DType::f32).zero();
+    }
+  }
+  Saved saved(Mask) const override { return {.inputs = 0, .outputs = 3}; }
+  void backward(Backward& run) const override { run.into(0).tensor.zero(); }
+  Cost cost(const Call&) const override { return {}; }
+
+ private:
+  int& calls_;
+};
+
+TEST_F(TapeErrors, OfAnOpThatMakesNotAllOfItsOutputs) {
+  int calls = 0;
+  auto call = [&] { return apply(std::make_unique<Forgetful>(calls), {toy_square(w_)}); };
+  const char* text = "[forgetful] forward made no output 1 of 2";
+  EXPECT_EQ(error_of(call), text);
+  EXPECT_EQ(tape_.report().records, 1) << "the square";
+  EXPECT_EQ(error_of([&] { checkpoint("s", call); }), text);
+  EXPECT_EQ(error_of([&] { no_grad(call); }), text);
+  calls = 1;
+  Variable loss = toy_sum(checkpoint("s", call));
+  EXPECT_EQ(error_of([&] { backward(loss); }), text);
+  w_.zero_gradient();
+  scope_.reset();
+  EXPECT_EQ(error_of(call), text);
 }
 
 TEST_F(TapeErrors, OfBackwardsArguments) {

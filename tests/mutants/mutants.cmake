@@ -42,7 +42,7 @@ reprise_mutant(dead_branches_asked FILE sweep_plan.cc TEST Statement4.AChange*
   OLD [[      if (live[static_cast<std::size_t>(r)] != 0 &&
           record.segment]] NEW [[      if (record.segment]])
 reprise_mutant(buffer_taken_from_a_live_handle FILE tape.cc TEST Shards/RandomPrograms.*/0
-  OLD [[v->producer >= 0 && v->handles == 1 &&]] NEW [[v->producer >= 0 && v->handles >= 1 &&]])
+  OLD [[v != nullptr && v->handles == 1 &&]] NEW [[v != nullptr && v->handles >= 1 &&]])
 reprise_mutant(last_read_forgets_replays FILE sweep_plan.cc TEST Readiness.LastReadIsExact
   OLD [[(may_run_[index] == 0 && !saved)]] NEW [[!saved]])
 reprise_mutant(half_written_accumulation FILE gradients.cc TEST Failures.AnOpFailsAtEveryCallOn*
