@@ -86,8 +86,7 @@ std::string explain_parameters(const TapeState& tape) {
         continue;
       }
       const Value* leaf = input->root;
-      Reads& entry =
-          reads.try_emplace(leaf->life.get(), Reads{leaf, reads.size()}).first->second;
+      Reads& entry = reads.try_emplace(leaf->life.get(), Reads{leaf, reads.size()}).first->second;
       const std::string where =
           record.segment < 0
               ? ""

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "autograd/run_forward.h"
-#include "core/allocator.h"
 
 namespace reprise {
 namespace {
@@ -29,8 +28,7 @@ class ReplayForward final : public RunForward {
 
 void Replay::enter(std::int32_t id) {
   const Segment& segment = tape_.segments()[static_cast<std::size_t>(id)];
-  const std::string label = allocator(cpu).set_segment(segment.name);
-  allocator(meta).set_segment(segment.name);
+  const SegmentLabel label(segment.name);
   const std::uint32_t epoch = tape_.next_epoch();
   auto ask = [&](Value* v) { v->root->asked = epoch; };
   each_wanted(tape_, plan_, id, [&](Value* v) {
@@ -93,8 +91,6 @@ void Replay::enter(std::int32_t id) {
   for (Value* v : plan_.keep[static_cast<std::size_t>(id)]) {
     drop_need(v);
   }
-  allocator(cpu).set_segment(label);
-  allocator(meta).set_segment(label);
 }
 
 }  // namespace reprise

@@ -1,4 +1,5 @@
-// What the three ways to run an op's forward share: plain, recorded, replayed. Internal to autograd.
+// What the three ways to run an op's forward share: plain, recorded, replayed. Internal to
+// autograd.
 #pragma once
 
 #include <span>

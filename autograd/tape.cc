@@ -6,7 +6,6 @@
 
 #include "autograd/run_forward.h"
 #include "autograd/tape_state.h"
-#include "core/allocator.h"
 
 namespace reprise {
 namespace {
@@ -49,11 +48,6 @@ bool all_finite(const Tensor& tensor) {
     default:
       return true;
   }
-}
-
-void label_allocations(std::string_view segment) {
-  allocator(cpu).set_segment(std::string(segment));
-  allocator(meta).set_segment(std::string(segment));
 }
 
 }  // namespace
@@ -347,6 +341,9 @@ void TapeState::reset() {
   values_.clear();
   segments_.clear();
   leaves_.clear();
+  while (!labels_.empty()) {
+    labels_.pop_back();
+  }
   open_ = -1;
   epoch_ = 0;
   report_ended_ = true;
@@ -369,7 +366,7 @@ void TapeState::open(std::string_view name, const Policy& policy) {
   segments_.push_back(std::move(segment));
   open_ = id;
   ++report.segments;
-  label_allocations(name);
+  labels_.emplace_back(std::string(name));
 }
 
 void TapeState::close() {
@@ -377,7 +374,7 @@ void TapeState::close() {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
   segment.last = static_cast<std::int32_t>(records_.size());
   open_ = segment.parent;
-  label_allocations(open_ < 0 ? "" : segments_[static_cast<std::size_t>(open_)].name);
+  labels_.pop_back();
   if (open_ < 0 && !segment.any_gradient) {
     truncate(id);
     return;

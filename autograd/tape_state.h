@@ -16,6 +16,7 @@
 
 #include "autograd/op.h"
 #include "autograd/policy.h"
+#include "autograd/segment_label.h"
 #include "autograd/tape.h"
 #include "autograd/value.h"
 
@@ -121,7 +122,8 @@ class TapeState {
   std::vector<Value*> values_;  // every cell that this tape refers to
   std::vector<Segment> segments_;
   std::unordered_map<const ParameterLife*, Value*> leaves_;  // the values keep the keys alive
-  std::int32_t open_ = -1;  // innermost open segment
+  std::int32_t open_ = -1;                                   // innermost open segment
+  std::vector<SegmentLabel> labels_;                         // of the open segments, innermost last
   std::uint32_t epoch_ = 0;
   bool report_ended_ = false;
 };

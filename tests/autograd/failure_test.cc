@@ -167,14 +167,18 @@ TEST_F(Failures, WhatIsUnderWayInASweepCannotBeChangedFromOutside) {
     if (&ready == &v_) {  // w comes later
       EXPECT_EQ(error_of([&] { w_.zero_gradient(); }),
                 "[zero_gradient] a sweep still adds to the gradient of w: wait for on_ready");
-      EXPECT_EQ(error_of([&] { w_.bind_gradient(vec({0, 0})); }),
+      EXPECT_EQ(error_of([&] {
+                  w_.bind_gradient(vec({0, 0}));
+                }),
                 "[bind_gradient] a sweep still adds to the gradient of w: wait for on_ready");
       EXPECT_EQ(error_of([&] { w_.set_grad_dtype(DType::f32); }),
                 "[set_grad_dtype] a sweep still adds to the gradient of w: wait for on_ready");
       EXPECT_EQ(error_of([&] { w_.set_gradient_present(); }),
                 "[set_gradient_present] a sweep still adds to the gradient of w: wait for "
                 "on_ready");
-      EXPECT_EQ(error_of([&] { w_.bind_value(vec({0, 0})); }),
+      EXPECT_EQ(error_of([&] {
+                  w_.bind_value(vec({0, 0}));
+                }),
                 "[bind_value] a sweep may still read w: wait for on_last_read");
     }
     ready.zero_gradient();
@@ -260,8 +264,9 @@ TEST_F(Failures, APolicyThatThrowsLeavesTheTapeUsable) {
   auto step = [&] {
     calls = 0;
     Variable x = checkpoint("outer", [&] {
-      Variable y =
-          checkpoint("inner", [&] { return toy_square(toy_tanh(toy_mul(vec({1, 2}), w_))); });
+      Variable y = checkpoint("inner", [&] {
+        return toy_square(toy_tanh(toy_mul(vec({1, 2}), w_)));
+      });
       return toy_square(toy_mul(y, v_));
     });
     return toy_sum(x);

@@ -254,7 +254,9 @@ TEST_F(TapeErrors, OfADestroyedParameter) {
     EXPECT_EQ(error_of([&] { backward(loss); }),
               "[backward] parameter gone was destroyed between forward and backward");
   }
-  EXPECT_EQ(error_of([&] { grad(losses, {&handle, 1}); }),
+  EXPECT_EQ(error_of([&] {
+              grad(losses, {&handle, 1});
+            }),
             "[backward] parameter gone was destroyed between forward and backward");
   for (const Variable& x : {handle, view}) {
     EXPECT_EQ(error_of([&] { toy_square(x); }),
