@@ -32,22 +32,11 @@ int depth_of(const TapeState& tape, const Segment& segment) {
 
 // What a replay of the segment executes when nothing of its inside is pinned by a handle.
 ReplayCost replay_cost(TapeState& tape, std::int32_t id) {
-  const Segment& segment = tape.segments()[static_cast<std::size_t>(id)];
-  const std::uint32_t candidate = tape.next_epoch();
-  for (Value* v : segment.keep) {
-    v->candidate = candidate;
+  Closure closure(tape, id);
+  for (Value* v : tape.segments()[static_cast<std::size_t>(id)].keep) {
+    closure.at_hand(v);
   }
-  Closure closure(tape, id, candidate);
-  for (std::int32_t r = segment.first; r < segment.last; ++r) {
-    const Record& record = tape.records()[static_cast<std::size_t>(r)];
-    if (record.segment == id) {
-      tape.each_saved(record, [&](Value* v) { closure.ask(v); });
-    }
-  }
-  for (std::int32_t c : segment.children) {
-    closure.ask(tape.segments()[static_cast<std::size_t>(c)].hold);
-    closure.ask(tape.segments()[static_cast<std::size_t>(c)].keep);
-  }
+  each_wanted(tape, id, [&](Value* v) { closure.ask(v); });
   ReplayCost cost;
   std::vector<Tensor> layouts;
   closure.run([&](std::int32_t r) {

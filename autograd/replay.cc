@@ -31,7 +31,7 @@ void Replay::enter(std::int32_t id) {
   const SegmentLabel label(segment.name);
   const std::uint32_t epoch = tape_.next_epoch();
   auto ask = [&](Value* v) { v->root->asked = epoch; };
-  each_wanted(tape_, plan_, id, [&](Value* v) {
+  plan_.each_wanted(id, [&](Value* v) {
     add_need(v);
     ask(v);
   });

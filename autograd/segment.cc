@@ -61,29 +61,19 @@ void TapeState::name_value(Value* value, std::string_view name) {
 
 void TapeState::fold(std::int32_t id) {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
-  const std::uint32_t candidate = next_epoch();
+  Closure closure(*this, id);
   for (Value* v : segment.kept) {
-    v->candidate = candidate;
+    closure.at_hand(v);
   }
   for (std::int32_t c : segment.children) {
     for (Value* v : segments_[static_cast<std::size_t>(c)].keep) {
       const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
       if (must || ask_policy(segment, v) != Keep::Drop) {
-        v->candidate = candidate;
+        closure.at_hand(v);
       }
     }
   }
-  Closure closure(*this, id, candidate);
-  for (std::int32_t r = segment.first; r < segment.last; ++r) {
-    const Record& record = records_[static_cast<std::size_t>(r)];
-    if (record.segment == id) {
-      each_saved(record, [&](Value* v) { closure.ask(v); });
-    }
-  }
-  for (std::int32_t c : segment.children) {
-    closure.ask(segments_[static_cast<std::size_t>(c)].hold);
-    closure.ask(segments_[static_cast<std::size_t>(c)].keep);
-  }
+  each_wanted(*this, id, [&](Value* v) { closure.ask(v); });
   closure.run([](std::int32_t) {});
   segment.hold = closure.hold();
   segment.keep = closure.keep();
@@ -99,14 +89,19 @@ void TapeState::fold(std::int32_t id) {
       }
     }
   }
+  end_open_holds(segment);
+}
+
+// What an open segment held by itself and through its children, its own hold and keep now hold, or
+// nobody.
+void TapeState::end_open_holds(Segment& segment) {
   for (Value* v : segment.ext) {
     drop_need(v);
     release(v);
   }
   std::ranges::for_each(segment.kept, drop_need);
   for (std::int32_t c : segment.children) {
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
+    each_held(c, drop_need);
   }
   segment.ext = {};
   segment.kept = {};
@@ -116,15 +111,7 @@ void TapeState::fold(std::int32_t id) {
 // becomes constants, the rest is forgotten.
 void TapeState::truncate(std::int32_t id) {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
-  for (Value* v : segment.ext) {
-    drop_need(v);
-    release(v);
-  }
-  std::ranges::for_each(segment.kept, drop_need);
-  for (std::int32_t c : segment.children) {
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
-  }
+  end_open_holds(segment);
   const auto first = static_cast<std::size_t>(segment.first);
   if (first < records_.size()) {
     const std::size_t first_edge = records_[first].first_input;

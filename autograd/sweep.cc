@@ -234,20 +234,9 @@ class Sweep {
     for (Value* v : tape_.values()) {
       needs_before_.push_back(v->need);
     }
-    each_wanted(tape_, plan_, -1, add_need);
-    if (options_.keep) {
-      return;
-    }
-    for (const Record& record : tape_.records()) {
-      if (record.segment < 0) {
-        tape_.each_saved(record, drop_need);
-      }
-    }
-    for (const Segment& segment : tape_.segments()) {
-      if (segment.parent < 0) {
-        std::ranges::for_each(segment.hold, drop_need);
-        std::ranges::for_each(segment.keep, drop_need);
-      }
+    plan_.each_wanted(-1, add_need);
+    if (!options_.keep) {
+      each_wanted(tape_, -1, drop_need);
     }
   }
 

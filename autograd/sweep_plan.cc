@@ -4,8 +4,6 @@
 #include <tuple>
 #include <unordered_set>
 
-#include "autograd/closure.h"
-
 namespace reprise {
 namespace {
 
@@ -144,23 +142,11 @@ void SweepPlan::restrict_segments() {
     if (has_live[s] == 0) {
       continue;
     }
-    const Segment& segment = segments[s];
-    const std::uint32_t candidate = tape_.next_epoch();
-    for (Value* v : segment.keep) {
-      v->candidate = candidate;
+    Closure closure(tape_, static_cast<std::int32_t>(s));
+    for (Value* v : segments[s].keep) {
+      closure.at_hand(v);
     }
-    Closure closure(tape_, static_cast<std::int32_t>(s), candidate);
-    for (std::int32_t r = segment.first; r < segment.last; ++r) {
-      const Record& record = tape_.records()[static_cast<std::size_t>(r)];
-      if (live[static_cast<std::size_t>(r)] != 0 &&
-          record.segment == static_cast<std::int32_t>(s)) {
-        tape_.each_saved(record, [&](Value* v) { closure.ask(v); });
-      }
-    }
-    for (std::int32_t c : segment.children) {
-      closure.ask(hold[static_cast<std::size_t>(c)]);
-      closure.ask(keep[static_cast<std::size_t>(c)]);
-    }
+    each_wanted(static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });
     closure.run([&](std::int32_t r) { may_run_[static_cast<std::size_t>(r)] = 1; });
     hold[s] = closure.hold();
     keep[s] = closure.keep();

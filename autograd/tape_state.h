@@ -86,6 +86,16 @@ class TapeState {
       }
     }
   }
+  // Calls f(value) for what a closed segment holds and keeps.
+  template <class F>
+  void each_held(std::int32_t segment, F&& f) const {
+    for (Value* v : segments_[static_cast<std::size_t>(segment)].hold) {
+      f(v);
+    }
+    for (Value* v : segments_[static_cast<std::size_t>(segment)].keep) {
+      f(v);
+    }
+  }
   Call call(const Record& r, std::vector<Tensor>& layouts) const;
   // Segments that hold record r, innermost last.
   std::vector<std::int32_t> path(std::int32_t segment) const;
@@ -116,6 +126,7 @@ class TapeState {
   Keep ask_policy(const Segment& segment, const Value* value) const;
   void truncate(std::int32_t segment);
   void fold(std::int32_t segment);
+  void end_open_holds(Segment& segment);
 
   std::vector<Record> records_;
   std::vector<Value*> edges_;

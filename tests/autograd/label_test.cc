@@ -72,9 +72,9 @@ TEST_F(Labels, NestedSegmentsAndTapesGiveTheLabelBack) {
 
 TEST_F(Labels, AThrowingCallableGivesTheLabelBack) {
   Tape::Scope scope(tape_);
-  EXPECT_THROW(checkpoint("outer",
-                          [&] { checkpoint("inner", [] { throw std::runtime_error("no"); }); }),
-               std::runtime_error);
+  EXPECT_THROW(
+      checkpoint("outer", [&] { checkpoint("inner", [] { throw std::runtime_error("no"); }); }),
+      std::runtime_error);
   EXPECT_EQ(label(), "");
 }
 
