@@ -2,6 +2,8 @@
 #include <map>
 #include <vector>
 
+#include <fmt/ranges.h>
+
 #include "autograd/closure.h"
 #include "autograd/tape.h"
 #include "autograd/tape_state.h"
@@ -104,20 +106,15 @@ std::string explain_parameters(const TapeState& tape) {
   return text;
 }
 
-// Values that only the user's handles keep: policy cannot drop them.
 std::string explain_pinned(const TapeState& tape) {
   std::string text;
-  std::int64_t total = 0;
-  for (const Value* v : tape.values()) {
-    if (v->is_view() || v->handles == 0 || v->need > 0 || v->producer < 0) {
-      continue;
-    }
+  tape.each_pinned([&](const Value* v) {
     const auto& op = *tape.records()[static_cast<std::size_t>(v->producer)].op;
-    total += v->tensor.bytes();
-    text += fmt::format("  {} ({}) {} bytes\n", v->name ? *v->name : std::string("unnamed"),
+    text += fmt::format("  {} ({}) {} bytes\n",
+                        v->names ? fmt::format("{}", fmt::join(*v->names, ", ")) : "unnamed",
                         op.name(), v->tensor.bytes());
-  }
-  return fmt::format("pinned by handles: {} bytes\n{}", total, text);
+  });
+  return fmt::format("pinned by handles: {} bytes\n{}", tape.pinned_bytes(), text);
 }
 
 }  // namespace

@@ -6,12 +6,24 @@
 
 namespace reprise {
 
+// The strongest answer over the value's names.
 Keep TapeState::ask_policy(const Segment& segment, const Value* value) const {
+  if (value->names == nullptr) {
+    return ask_policy(segment, value, "");
+  }
+  Keep keep = Keep::Drop;
+  for (const std::string& name : *value->names) {
+    keep = std::max(keep, ask_policy(segment, value, name));
+  }
+  return keep;
+}
+
+Keep TapeState::ask_policy(const Segment& segment, const Value* value,
+                           std::string_view name) const {
   const Record& r = records_[static_cast<std::size_t>(value->producer)];
   std::vector<Tensor> layouts;
   const Call layout = call(r, layouts);
-  Candidate candidate{r.op->name(), value->name ? std::string_view(*value->name) : "",
-                      value->producer - segment.first, r.op->cost(layout), 0};
+  Candidate candidate{r.op->name(), name, value->producer - segment.first, r.op->cost(layout), 0};
   for (Value* output : outputs(r)) {
     candidate.bytes += output->tensor.bytes();
   }
@@ -46,14 +58,18 @@ void TapeState::keep_by_policy(const Record& r) {
 }
 
 void TapeState::name_value(Value* value, std::string_view name) {
-  value->name = std::make_unique<std::string>(name);
-  if (open_ < 0 || value->tape != this || value->is_view() ||
+  value = value->root;
+  if (value->names == nullptr) {
+    value->names = std::make_unique<std::vector<std::string>>();
+  }
+  value->names->emplace_back(name);
+  if (open_ < 0 || value->tape != this ||
       outside(value, segments_[static_cast<std::size_t>(open_)])) {
     return;
   }
   // The record was asked about before the name was known.
   Segment& segment = segments_[static_cast<std::size_t>(open_)];
-  if (ask_policy(segment, value) == Keep::Output) {
+  if (ask_policy(segment, value, name) == Keep::Output) {
     segment.kept.push_back(value);
     add_need(value);
   }

@@ -182,6 +182,7 @@ class Sweep {
         replay_(tape, plan_) {}
 
   std::vector<Tensor> run() {
+    tape_.report.pinned_bytes = tape_.pinned_bytes();
     announce();
     ParameterGradients parameters(plan_, options_);
     for (const Variable& loss : losses_) {

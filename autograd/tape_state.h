@@ -96,6 +96,21 @@ class TapeState {
       f(v);
     }
   }
+  // Calls f(value) for each buffer made by an op that only the user's handles keep: no policy can
+  // drop it. A handle on a view keeps all of its buffer.
+  template <class F>
+  void each_pinned(F&& f) const {
+    for (const Value* v : values_) {
+      if (!v->is_view() && v->handles > 0 && v->need == 0 && v->producer >= 0) {
+        f(v);
+      }
+    }
+  }
+  std::int64_t pinned_bytes() const {
+    std::int64_t bytes = 0;
+    each_pinned([&](const Value* v) { bytes += v->tensor.bytes(); });
+    return bytes;
+  }
   Call call(const Record& r, std::vector<Tensor>& layouts) const;
   // Segments that hold record r, innermost last.
   std::vector<std::int32_t> path(std::int32_t segment) const;
@@ -124,6 +139,7 @@ class TapeState {
   void expect_finite(const Op& op, std::span<const Tensor> outputs) const;
   void keep_by_policy(const Record& r);
   Keep ask_policy(const Segment& segment, const Value* value) const;
+  Keep ask_policy(const Segment& segment, const Value* value, std::string_view name) const;
   void truncate(std::int32_t segment);
   void fold(std::int32_t segment);
   void end_open_holds(Segment& segment);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "autograd/parameter.h"
 #include "core/tensor.h"
@@ -35,7 +36,7 @@ struct Value {
   std::uint32_t reached = 0;    // the same, for the losses' history
   Tensor tensor;                // the layout, and of a resident root the storage
   Tensor gradient;              // in a sweep
-  std::unique_ptr<std::string> name;
+  std::unique_ptr<std::vector<std::string>> names;  // of a root: given to it or to a view of it
 
   bool is_view() const { return root != this; }
   bool is_parameter() const { return parameter != nullptr; }

@@ -60,7 +60,8 @@ Variable apply(std::unique_ptr<const Op> op, std::initializer_list<Variable> inp
 
 // The same value without history: no gradient flows through it. A view.
 Variable detach(const Variable& x);
-// Gives the value a name, for keep_named and reports. Returns x.
+// Gives the value a name, for keep_named and reports. Returns x. The name of a view is one of the
+// buffer's that it looks into: kept is that buffer, as made by its op. Several names may be given.
 Variable named(Variable x, std::string_view name);
 
 }  // namespace reprise

@@ -165,6 +165,29 @@ TEST_F(Recording, NamedValuesAreKeptByTheirPolicy) {
   EXPECT_EQ(replayed(Policies().set("*", keep_all()).set("s", keep_inputs())), 0) << "first wins";
 }
 
+// The buffer under the view is kept, also by an outer segment that knows only the view's name.
+TEST_F(Recording, ANamedViewIsKeptWithItsBuffer) {
+  auto replayed = [&](const Policies& policies, bool nested) {
+    w_.zero_gradient();
+    Tape::Scope scope(tape_, policies);
+    auto block = [&] {
+      Variable y = named(toy_tanh(toy_square(w_)), "whole");
+      y = toy_square(named(toy_slice(y, 0, 1), "part"));
+      return toy_square(y);
+    };
+    backward(toy_sum(
+        checkpoint("outer", [&] { return nested ? checkpoint("inner", block) : block(); })));
+    return tape_.report().replayed_records;
+  };
+  for (bool nested : {false, true}) {
+    // square, tanh, square; the last square's output is not needed
+    EXPECT_EQ(replayed({}, nested), 3) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"part"})), nested), 1) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"whole"})), nested), 1) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"other"})), nested), 3) << nested;
+  }
+}
+
 TEST_F(Recording, PatternsMatchAnyRunOfCharacters) {
   const Policies policies = Policies().set("layers.*.mlp", keep_all()).set("*head", keep_all());
   auto kept = [&](std::string_view name) {
