@@ -102,6 +102,7 @@ struct Way {
 struct Outcome {
   std::vector<Tensor> outputs, gradients;
   std::vector<Tensor> replayed;  // the outputs in the loss, as the sweep saw them
+  TapeReport report;
 };
 
 bool wants_gradient(const Argument& argument, Mask wanted, std::size_t i) {
@@ -142,6 +143,7 @@ Outcome execute(const OpCase& op, DType dtype, const Way& way) {
     }
   }
   const std::vector<Tensor> gradients = grad({&loss, 1}, wrt);
+  outcome.report = tape.report();
   std::size_t next = 0;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     if (wants_gradient(op.inputs[i], way.wanted, i)) {
@@ -426,6 +428,20 @@ TEST_P(OpCases, CheckpointedGradientsHaveTheSameBits) {
     if (is_floating(y.dtype()) && next < outcome.replayed.size()) {
       EXPECT_TRUE(same_bits(y, outcome.replayed[next++])) << "a replayed output";
     }
+  }
+}
+
+TEST_P(OpCases, FlopsAgreeWithTheRow) {
+  const OpCase& op = GetParam().op;
+  const TapeReport report = run().report, replayed = run({.checkpointed = true}).report;
+  if (op.forward_flops >= 0) {
+    EXPECT_EQ(report.forward_flops, op.forward_flops);
+    EXPECT_EQ(replayed.forward_flops, op.forward_flops);
+    EXPECT_EQ(replayed.replay_flops, op.forward_flops);
+  }
+  if (op.backward_flops >= 0) {
+    EXPECT_EQ(report.backward_flops, op.backward_flops);
+    EXPECT_EQ(replayed.backward_flops, op.backward_flops);
   }
 }
 
