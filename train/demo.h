@@ -9,7 +9,7 @@
 
 #include "core/tensor.h"
 #include "distributed/communicator.h"
-#include "nn/models/model.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::train {
 
@@ -24,7 +24,7 @@ struct DemoOptions {
 };
 
 // About 10 M parameters: bytes in, 8 blocks of width 320.
-std::unique_ptr<nn::Model> demo_model(Device device);
+std::unique_ptr<nn::LanguageModel> demo_model(Device device);
 
 // Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
 // when the policies' gradients differ or a prediction is off.
