@@ -103,6 +103,7 @@ class AddBias final : public Op {  // x, bias -> x + bias
       run.give(0, run.gradient(0));
     }
   }
+  Mask weights() const override { return 0b10; }
   Cost cost(const Call& call) const override {
     return {call.output(0).numel(), 2 * call.output(0).bytes()};
   }

@@ -3,6 +3,8 @@
 #include <optional>
 #include <stdexcept>
 
+#include "autograd/elementwise.h"
+#include "autograd/reduce.h"
 #include "autograd/tape_state.h"
 #include "tests/autograd/tape_fixture.h"
 
@@ -83,6 +85,18 @@ TEST_F(Recording, ALeafThatIsItselfALossKeepsNothingOfASweep) {
   EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, keep)[0]), (std::vector<float>{1}));
   EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1})[0]), (std::vector<float>{1}));
   EXPECT_EQ(numbers(toy_square(x)), (std::vector<float>{9})) << "it is not stale";
+}
+
+TEST_F(Recording, ABf16ParameterMayBeAnActivationWhenItsGradientIsF32) {
+  Parameter p("p", Tensor::full({3}, DType::bf16, 0.5));
+  p.set_grad_dtype(DType::f32);
+  for (int sweep = 1; sweep <= 2; ++sweep) {
+    Variable x(p);
+    backward(sum(scale(x, 4)));  // the kernel gives bf16
+    EXPECT_EQ(p.gradient().dtype(), DType::f32);
+    const float g = 4.0f * static_cast<float>(sweep);
+    EXPECT_EQ(numbers(p.gradient()), (std::vector<float>{g, g, g}));
+  }
 }
 
 TEST_F(Recording, ScaleIsTheUpstreamGradientOfEachLoss) {
