@@ -81,13 +81,17 @@ void TapeState::fold(std::int32_t id) {
   for (Value* v : segment.kept) {
     closure.at_hand(v);
   }
-  for (std::int32_t c : segment.children) {
-    for (Value* v : segments_[static_cast<std::size_t>(c)].keep) {
-      const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
-      if (must || ask_policy(segment, v) != Keep::Drop) {
-        closure.at_hand(v);
-      }
+  const auto keep_from_child = [&](Value* v) {
+    if (outside(v, segment)) {
+      return;
     }
+    const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
+    if (must || ask_policy(segment, v) != Keep::Drop) {
+      closure.at_hand(v);
+    }
+  };
+  for (std::int32_t c : segment.children) {
+    each_held(c, keep_from_child);
   }
   each_wanted(*this, id, [&](Value* v) { closure.ask(v); });
   closure.run([](std::int32_t) {});

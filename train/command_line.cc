@@ -1,6 +1,9 @@
 #include "train/command_line.h"
 
 #include <CLI/CLI.hpp>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -17,6 +20,7 @@
 #include "train/launch.h"
 #include "train/parity.h"
 #include "train/suggest.h"
+#include "train/trainer.h"
 
 namespace reprise::train {
 namespace {
@@ -43,6 +47,10 @@ int show(const absl::StatusOr<ParityReport>& parity, bool as_json) {
   return exit_code(parity);
 }
 
+std::string shortened(const std::string& text) {
+  return text.size() > 40 ? text.substr(0, 37) + "..." : text;
+}
+
 std::vector<std::string> command_names(const CLI::App& app) {
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
@@ -59,6 +67,39 @@ std::vector<std::string> flag_names(const CLI::App& app) {
     }
   }
   return names;
+}
+
+// The parser's own check lets nan and inf through and prints its bound with 300 digits.
+CLI::Validator positive() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        double value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        const bool good = error == std::errc() && end == text.data() + text.size() &&
+                          std::isfinite(value) && value > 0;
+        return good ? std::string()
+                    : fmt::format("must be a number above 0, got \"{}\"", shortened(text));
+      },
+      "above 0");
+}
+
+// The parser would wrap a negative number around.
+CLI::Validator whole() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        std::uint64_t value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        return error == std::errc() && end == text.data() + text.size()
+                   ? std::string()
+                   : fmt::format("must be a whole number from 0 to 2^64 - 1, got \"{}\"",
+                                 shortened(text));
+      },
+      "0 or above");
+}
+
+CLI::Validator not_empty() {
+  return CLI::Validator(
+      [](const std::string& text) { return text.empty() ? "must name a file, got \"\"" : ""; }, "");
 }
 
 // Complains about the first word that is neither a command nor a flag of the command at hand; the
@@ -99,13 +140,18 @@ int run_command(const World& world, const std::vector<std::string>& words) {
   DemoOptions demo;
   CLI::App* demo_command =
       app.add_subcommand("demo", "Train a small decoder on real text and compare the policies.");
-  demo_command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations");
-  demo_command->add_option("--seconds", demo.seconds, "Time to train")->check(CLI::PositiveNumber);
+  demo_command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations")
+      ->check(not_empty());
+  demo_command->add_option("--seconds", demo.seconds, "Time to train")->check(positive());
   demo_command->add_option("--policy", demo.policy, "What segments keep")
       ->check(CLI::IsMember(Policies::names()));
-  demo_command->add_option("--gradients-out", demo.gradients_out,
-                           "Write the gradients of one step to this file and end");
-  demo_command->add_option("--seed", demo.seed, "Of weights and data");
+  demo_command
+      ->add_option("--gradients-out", demo.gradients_out,
+                   "Write the gradients of one step to this file and end")
+      ->check(not_empty());
+  demo_command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
+      ->check(positive());
+  demo_command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
   demo_command->add_flag("--quiet", demo.quiet, "No progress line");
 
   std::string case_folder, dtype = "f32";
@@ -121,7 +167,8 @@ int run_command(const World& world, const std::vector<std::string>& words) {
   parity_command->add_flag("--every-policy", parity.every_policy,
                            "Run under each policy and ask for bitwise equal gradients");
   parity_command->add_flag("--json", as_json, "Print JSON");
-  parity_command->add_option("--write", parity.write, "Write what was computed to this file");
+  parity_command->add_option("--write", parity.write, "Write what was computed to this file")
+      ->check(not_empty());
 
   try {
     // The parser takes the words from the end.
@@ -145,6 +192,9 @@ int run_command(const World& world, const std::vector<std::string>& words) {
       (*ranks)->close();
     }
     return report(done);
+  } catch (const Diverged& error) {
+    fmt::print(stderr, "reprise: {}\n", error.what());
+    return kBadInput;
   } catch (const Error& error) {
     fmt::print(stderr, "reprise: {}\n", error.what());
     return 1;

@@ -26,7 +26,6 @@ namespace {
 
 constexpr std::int64_t kBatch = 8;
 constexpr std::int64_t kTokens = 128;
-constexpr double kLearningRate = 1e-3;
 constexpr double kWarmup = 0.03;  // of the run
 constexpr int kValidationBatches = 8;
 constexpr std::string_view kPrompt = "The ";
@@ -43,12 +42,12 @@ double elapsed_s(std::chrono::steady_clock::time_point since) {
 }
 
 // Warmup, then a cosine to a tenth, over the share of the run that is done.
-double learning_rate(double fraction) {
+double learning_rate(double highest, double fraction) {
   if (fraction < kWarmup) {
-    return kLearningRate * (0.05 + 0.95 * fraction / kWarmup);
+    return highest * (0.05 + 0.95 * fraction / kWarmup);
   }
   const double along = std::min(1.0, (fraction - kWarmup) / (1 - kWarmup));
-  return kLearningRate * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
+  return highest * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
 }
 
 double validation_loss(Trainer& trainer, const ByteData& data) {
@@ -83,7 +82,8 @@ void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
   double smooth = 0;
   std::int64_t tokens = 0;
   for (double fraction = 0; fraction < 1;) {
-    const double own = trainer.step(data.draw(order), learning_rate(fraction));
+    const double own =
+        trainer.step(data.draw(order), learning_rate(options.learning_rate, fraction));
     const double loss =
         all_reduce_value(ranks, own, distributed::Reduce::sum, "loss") / ranks.size();
     tokens += ranks.size() * data.batch() * kTokens;

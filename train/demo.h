@@ -18,6 +18,7 @@ struct DemoOptions {
   double seconds = 170;                // of training
   std::string policy = "inputs-only";  // while training, and for gradients_out
   std::string gradients_out;           // write one step's gradients there (safetensors) and end
+  double learning_rate = 1e-3;         // the highest, after the warmup
   std::uint64_t seed = 1;
   bool quiet = false;  // no progress line
 };
