@@ -3,7 +3,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "autograd/elementwise.h"
+#include "autograd/norm.h"
 #include "autograd/reduce.h"
 #include "autograd/tape_state.h"
 #include "tests/autograd/tape_fixture.h"
@@ -88,14 +88,22 @@ TEST_F(Recording, ALeafThatIsItselfALossKeepsNothingOfASweep) {
 }
 
 TEST_F(Recording, ABf16ParameterMayBeAnActivationWhenItsGradientIsF32) {
-  Parameter p("p", Tensor::full({3}, DType::bf16, 0.5));
+  const std::vector<bfloat16> values = {to_bfloat16(1), to_bfloat16(-2), to_bfloat16(0.5f)};
+  Parameter p("p", Tensor::from(values, {3})), q("q", Tensor::from(values, {3}));
   p.set_grad_dtype(DType::f32);
   for (int sweep = 1; sweep <= 2; ++sweep) {
-    Variable x(p);
-    backward(sum(scale(x, 4)));  // the kernel gives bf16
+    q.zero_gradient();
+    const Variable weight(Tensor::from(values, {3}));
+    for (const Parameter* each : {&p, &q}) {
+      backward(sum(rms_norm(*each, weight, 1e-5)));  // its kernel writes what x is of
+    }
     EXPECT_EQ(p.gradient().dtype(), DType::f32);
-    const float g = 4.0f * static_cast<float>(sweep);
-    EXPECT_EQ(numbers(p.gradient()), (std::vector<float>{g, g, g}));
+    std::vector<float> expected;
+    for (const bfloat16 g : q.gradient().to_vector<bfloat16>()) {
+      expected.push_back(to_float(g) * static_cast<float>(sweep));
+      EXPECT_NE(expected.back(), 0);
+    }
+    EXPECT_EQ(numbers(p.gradient()), expected);
   }
 }
 
