@@ -91,9 +91,7 @@ void TapeState::fold(std::int32_t id) {
     }
   };
   for (std::int32_t c : segment.children) {
-    const Segment& child = segments_[static_cast<std::size_t>(c)];
-    std::ranges::for_each(child.hold, keep_from_child);
-    std::ranges::for_each(child.keep, keep_from_child);
+    each_held(c, keep_from_child);
   }
   each_wanted(*this, id, [&](Value* v) { closure.ask(v); });
   closure.run([](std::int32_t) {});

@@ -50,7 +50,9 @@ class SweepBackward final : public Backward {
     Value& value = *tape_.inputs(record_)[i];
     Target target;
     if (claimed_before(i)) {
-      target = {fresh(value), false};
+      target = {fresh(i), false};
+    } else if (value.is_parameter() && dtype_of_gradient(i) != value.parameter->grad_dtype()) {
+      target = {fresh(i), false};
     } else if (value.is_parameter()) {
       target = parameters_.target(*value.parameter);
       result.direct = true;
@@ -66,7 +68,7 @@ class SweepBackward final : public Backward {
                               taken.offset()),
                 false};
     } else {
-      target = {fresh(value), false};
+      target = {fresh(i), false};
     }
     result.tensor = target.tensor;
     return target;
@@ -134,11 +136,16 @@ class SweepBackward final : public Backward {
     }
     return false;
   }
-  static Tensor fresh(const Value& value) {
-    const bool parameter = value.is_parameter();
-    return Tensor::empty(value.tensor.shape(),
-                         parameter ? value.parameter->grad_dtype() : value.tensor.dtype(),
-                         value.tensor.device(), MemoryKind::activations);
+  // In which the op can write it.
+  DType dtype_of_gradient(std::size_t i) const {
+    const Value& value = *tape_.inputs(record_)[i];
+    const bool weight = value.is_parameter() && (record_.op->weights() >> i & 1u) != 0;
+    return weight ? value.parameter->grad_dtype() : value.tensor.dtype();
+  }
+  Tensor fresh(std::size_t i) const {
+    const Tensor& layout = tape_.inputs(record_)[i]->tensor;
+    return Tensor::empty(layout.shape(), dtype_of_gradient(i), layout.device(),
+                         MemoryKind::activations);
   }
   bool reusable(std::size_t k, const Value& value) const {
     const Tensor& g = gradient_tensors_[k];

@@ -3,6 +3,8 @@
 #include <optional>
 #include <stdexcept>
 
+#include "autograd/norm.h"
+#include "autograd/reduce.h"
 #include "autograd/tape_state.h"
 #include "tests/autograd/tape_fixture.h"
 
@@ -83,6 +85,26 @@ TEST_F(Recording, ALeafThatIsItselfALossKeepsNothingOfASweep) {
   EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, keep)[0]), (std::vector<float>{1}));
   EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1})[0]), (std::vector<float>{1}));
   EXPECT_EQ(numbers(toy_square(x)), (std::vector<float>{9})) << "it is not stale";
+}
+
+TEST_F(Recording, ABf16ParameterMayBeAnActivationWhenItsGradientIsF32) {
+  const std::vector<bfloat16> values = {to_bfloat16(1), to_bfloat16(-2), to_bfloat16(0.5f)};
+  Parameter p("p", Tensor::from(values, {3})), q("q", Tensor::from(values, {3}));
+  p.set_grad_dtype(DType::f32);
+  for (int sweep = 1; sweep <= 2; ++sweep) {
+    q.zero_gradient();
+    const Variable weight(Tensor::from(values, {3}));
+    for (const Parameter* each : {&p, &q}) {
+      backward(sum(rms_norm(*each, weight, 1e-5)));  // its kernel writes what x is of
+    }
+    EXPECT_EQ(p.gradient().dtype(), DType::f32);
+    std::vector<float> expected;
+    for (const bfloat16 g : q.gradient().to_vector<bfloat16>()) {
+      expected.push_back(to_float(g) * static_cast<float>(sweep));
+      EXPECT_NE(expected.back(), 0);
+    }
+    EXPECT_EQ(numbers(p.gradient()), expected);
+  }
 }
 
 TEST_F(Recording, ScaleIsTheUpstreamGradientOfEachLoss) {

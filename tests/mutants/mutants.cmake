@@ -46,3 +46,15 @@ reprise_mutant(half_written_accumulation FILE gradients.cc TEST Failures.AnOpFai
 reprise_mutant(must_keep_stays_inside FILE segment.cc TEST Replays.MustKeepOutputs*
   OLD [[        parent.kept.push_back(v);
         add_need(v);]] NEW [[]])
+reprise_mutant(gradient_of_a_loss_stays FILE sweep.cc TEST Recording.ALeafThatIsItself*
+  OLD [[      tape_.bind(loss.value());]] NEW [[      static_cast<void>(loss);]])
+reprise_mutant(every_gradient_in_f32 FILE sweep.cc TEST Recording.ABf16Parameter*
+  OLD [[(record_.op->weights() >> i & 1u) != 0;]] NEW [[true;]])
+reprise_mutant(replay_without_its_label FILE replay.cc TEST Labels.Checkpoint*
+  OLD [[  const SegmentLabel label(segment.name);]] NEW [[]])
+reprise_mutant(gradient_free_before_ready FILE parameter.cc TEST Failures.WhatIsUnderWay*
+  OLD [[  p.gradient_pending_ = p.data_pending_ = true;]] NEW [[]])
+reprise_mutant(policy_throws_twice FILE tape.cc TEST Failures.APolicyThatThrows*
+  OLD [[    if (std::uncaught_exceptions() == exceptions_) {]] NEW [[    if (true) {]])
+reprise_mutant(destroyed_parameter_read FILE sweep_plan.cc TEST TapeErrors.OfADestroyedParameter
+  OLD [[  if (leaf->outlived()) {]] NEW [[  if (false) {]])
