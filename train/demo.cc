@@ -135,18 +135,19 @@ std::unique_ptr<nn::Model> demo_model(Device device) {
   return *std::move(model);
 }
 
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
+  if (kBatch % ranks != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks));
+  }
+  const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
+  return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
+}
+
 absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ranks) {
-  const auto text = options.text.empty() ? read_fortunes() : read_text(options.text);
+  const auto text = demo_text(options, ranks.size());
   if (!text.ok()) {
     return text.status();
-  }
-  if (text->size() < 20 * kTokens) {
-    return absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
-                                                  options.text, 20 * kTokens, text->size()));
-  }
-  if (kBatch % ranks.size() != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks.size()));
   }
   const ByteData data(*text, kBatch / ranks.size(), kTokens);
   const auto model = demo_model(cpu);

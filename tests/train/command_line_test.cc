@@ -62,7 +62,8 @@ TEST_F(CommandLine, NothingAtAllAndBadValues) {
 TEST_F(CommandLine, TextThatCannotBeUsed) {
   const std::string missing = path("missing.txt");
   EXPECT_EQ(run("demo --text " + missing).code, 2);
-  EXPECT_EQ(run("demo --text " + missing).text, "reprise: " + missing + ": cannot be read\n");
+  EXPECT_EQ(run("demo --text " + missing).text,
+            "reprise: " + missing + ": No such file or directory\n");
   const std::string empty = write("empty.txt", "");
   EXPECT_EQ(run("demo --text " + empty).code, 2);
   EXPECT_EQ(run("demo --text " + empty).text, "reprise: " + empty + ": the file is empty\n");

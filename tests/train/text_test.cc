@@ -52,7 +52,7 @@ TEST(ByteData, TooShortATextIsAnError) {
 }
 
 TEST(Fortunes, AMissingFolderSaysWhatToInstall) {
-  const auto text = read_fortunes("/nonexistent");
+  const auto text = read_fortunes(1, "/nonexistent");
   ASSERT_FALSE(text.ok());
   EXPECT_EQ(std::string(text.status().message()),
             "/nonexistent: no quotations found: install Debian's package `fortunes`, or give "
