@@ -160,6 +160,9 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     reducer.emplace(ranks, trainer.parameters());
     trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
     trainer.hooks.after = [&] { reducer->finish(); };
+    if (ranks.rank() != 0) {
+      trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
+    }
   }
   const bool prints = ranks.rank() == 0;
   if (!options.gradients_out.empty()) {
