@@ -77,6 +77,8 @@ Generator data_generator(const DemoOptions& options, int rank) {
 void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
            distributed::Communicator& ranks) {
   Generator order = data_generator(options, ranks.rank());
+  // Rank 0 has printed meanwhile: the others' clocks start when it is here.
+  all_reduce_value(ranks, 0, distributed::Reduce::max, "start of training");
   Progress progress(options.quiet || ranks.rank() != 0);
   const auto start = std::chrono::steady_clock::now();
   double smooth = 0;

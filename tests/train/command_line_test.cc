@@ -99,8 +99,9 @@ TEST_F(CommandLine, GradientsOfTwoPoliciesAreTheSameFile) {
 }
 
 TEST_F(CommandLine, DemoLearnsAndItsTableAgrees) {
-  const Outcome outcome = run("demo --quiet --seconds 8");
+  const Outcome outcome = run("demo --seconds 8");
   ASSERT_EQ(outcome.code, 0) << outcome.text;
+  testing::expect_demo_output(outcome.text, 8);
   double before = 0, after = 0;
   ASSERT_EQ(std::sscanf(outcome.text.c_str() + outcome.text.find("Validation loss before:"),
                         "Validation loss before: %lf", &before),
