@@ -77,6 +77,8 @@ Generator data_generator(const DemoOptions& options, int rank) {
 void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
            distributed::Communicator& ranks) {
   Generator order = data_generator(options, ranks.rank());
+  // Rank 0 has printed meanwhile: the others' clocks start when it is here.
+  all_reduce_value(ranks, 0, distributed::Reduce::max, "start of training");
   Progress progress(options.quiet || ranks.rank() != 0);
   const auto start = std::chrono::steady_clock::now();
   double smooth = 0;
@@ -135,18 +137,19 @@ std::unique_ptr<nn::LanguageModel> demo_model(Device device) {
   return *std::move(model);
 }
 
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
+  if (kBatch % ranks != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks));
+  }
+  const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
+  return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
+}
+
 absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ranks) {
-  const auto text = options.text.empty() ? read_fortunes() : read_text(options.text);
+  const auto text = demo_text(options, ranks.size());
   if (!text.ok()) {
     return text.status();
-  }
-  if (text->size() < 20 * kTokens) {
-    return absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
-                                                  options.text, 20 * kTokens, text->size()));
-  }
-  if (kBatch % ranks.size() != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks.size()));
   }
   const ByteData data(*text, kBatch / ranks.size(), kTokens);
   const auto model = demo_model(cpu);
@@ -159,6 +162,9 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     reducer.emplace(ranks, trainer.parameters());
     trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
     trainer.hooks.after = [&] { reducer->finish(); };
+    if (ranks.rank() != 0) {
+      trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
+    }
   }
   const bool prints = ranks.rank() == 0;
   if (!options.gradients_out.empty()) {

@@ -6,6 +6,7 @@
 #include <string>
 
 #include <absl/status/status.h>
+#include <absl/status/statusor.h>
 
 #include "core/tensor.h"
 #include "distributed/communicator.h"
@@ -25,6 +26,10 @@ struct DemoOptions {
 
 // About 10 M parameters: bytes in, 8 blocks of width 320.
 std::unique_ptr<nn::LanguageModel> demo_model(Device device);
+
+// The text to learn, after a look at all that can be wrong with the options: InvalidArgument,
+// NotFound. Starts nothing, so that it can be asked before other ranks are there.
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks);
 
 // Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
 // when the policies' gradients differ or a prediction is off.

@@ -19,6 +19,7 @@
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
+#include "train/digest.h"
 
 namespace reprise::train {
 namespace {
@@ -345,21 +346,12 @@ absl::StatusOr<ParityRow> compare(const Case& parity, const std::string& key, co
   return compared(key, std::move(a), std::move(b), tolerance);
 }
 
-// FNV-1a over names and bytes.
 std::string digest_of(const Values& values) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&](const void* bytes, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {
-      hash = (hash ^ static_cast<const unsigned char*>(bytes)[i]) * 0x100000001b3u;
-    }
-  };
+  Digest digest;
   for (const auto& [key, tensor] : values) {
-    add(key.data(), key.size());
-    if (tensor.numel() > 0) {
-      add(tensor.raw(), static_cast<std::size_t>(tensor.bytes()));
-    }
+    digest.add(key, tensor);
   }
-  return fmt::format("{:016x}", hash);
+  return digest.text();
 }
 
 // The first key at which they differ by a bit; empty when they do not.

@@ -1,6 +1,7 @@
 #include "train/trainer.h"
 
 #include <cmath>
+#include <cstdio>
 #include <utility>
 
 #include <fmt/format.h>
@@ -36,6 +37,7 @@ double Trainer::forward_backward(const nn::Batch& batch) {
   }
   BackwardOptions backward_options;
   backward_options.parameters = parameters_;
+  backward_options.on_plan = [this](const Plan& plan) { report_unreached(plan.unreached); };
   if (hooks.before) {
     hooks.before(backward_options);
   }
@@ -51,6 +53,22 @@ double Trainer::step(const nn::Batch& batch, double learning_rate) {
   optimizer_.step(learning_rate, clip_scale());
   ++steps_;
   return loss;
+}
+
+void Trainer::report_unreached(const std::vector<Parameter*>& parameters) {
+  if (parameters.empty() || std::exchange(unreached_reported_, true)) {
+    return;
+  }
+  if (hooks.unreached) {
+    hooks.unreached(parameters);
+    return;
+  }
+  std::vector<std::string_view> names;
+  for (const Parameter* p : parameters) {
+    names.push_back(p->name());
+  }
+  fmt::print(stderr, "reprise: warning: the loss does not reach {} trainable parameter{}: {}\n",
+             names.size(), names.size() == 1 ? "" : "s", fmt::join(names, ", "));
 }
 
 double Trainer::clip_scale() {

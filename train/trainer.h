@@ -30,6 +30,9 @@ struct TrainerOptions {
 struct SweepHooks {
   std::function<void(BackwardOptions&)> before;
   std::function<void()> after;
+  // Once, with the trainable parameters that the loss does not reach; empty: a line to standard
+  // error.
+  std::function<void(const std::vector<Parameter*>&)> unreached;
 };
 
 class Trainer {
@@ -56,6 +59,7 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
+  void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.
   double clip_scale();
   [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
@@ -68,6 +72,7 @@ class Trainer {
   nn::AdamW optimizer_;
   Tape tape_;
   std::int64_t steps_ = 0;
+  bool unreached_reported_ = false;
 };
 
 }  // namespace reprise::train

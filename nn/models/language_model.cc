@@ -114,6 +114,9 @@ Tensor LanguageModel::positions_of(const Batch& batch, bool every_row) {
     return batch.positions;
   }
   const std::int64_t B = batch.ids.size(0), T = batch.ids.size(1);
+  if (batch.ids.numel() == 0) {  // T may be anything
+    return Tensor::empty(Shape{B, T}, DType::i64, batch.ids.device());
+  }
   const bool same = batch.starts.empty() && !every_row;
   const std::int64_t rows = same ? 1 : B;
   std::vector<std::int64_t> positions;

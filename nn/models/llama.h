@@ -114,7 +114,7 @@ class Llama : public LanguageModel {
   std::optional<Linear> lm_head;  // unless tied
 
  private:
-  std::string write_config() const override;
+  std::string write_config() const override;  // in llama_config.cc, beside its reader
   Rotation rotation(const Batch& batch) const;
 
   LlamaConfig config_;

@@ -379,5 +379,30 @@ TEST(Models, Mistakes) {
   EXPECT_NE(mistake([&] { (void)build(kGpt2)->loss(batch_of(Ids(17, 1))); }), "");  // positions end
 }
 
+TEST(Models, ABatchOfNoRowsMayHaveAnyLength) {
+  for (const std::string& text : {kLlama, kGpt2}) {
+    const auto model = build(text);
+    Batch batch;
+    batch.ids = Tensor::empty(Shape{0, std::int64_t{1} << 40}, DType::i64);
+    EXPECT_EQ(model->hidden(batch).tensor().numel(), 0);
+  }
+}
+
+TEST(Models, RotaryPositionsHaveARange) {
+  const auto model = build(kLlama);
+  const auto at = [&](std::int64_t position) {
+    return mistake([&] {
+      Batch batch = batch_of({1, 2});
+      batch.positions = Tensor::from(Ids{0, position}, Shape{1, 2});
+      (void)model->loss(batch);
+    });
+  };
+  EXPECT_EQ(at((std::int64_t{1} << 31) - 1), "");
+  for (const std::int64_t bad : {INT64_MAX, INT64_MIN, std::int64_t{-1}, std::int64_t{1} << 31}) {
+    EXPECT_EQ(at(bad),
+              "[model] positions must be from 0 to 2147483647, got " + std::to_string(bad));
+  }
+}
+
 }  // namespace
 }  // namespace reprise::nn

@@ -62,7 +62,8 @@ TEST_F(CommandLine, NothingAtAllAndBadValues) {
 TEST_F(CommandLine, TextThatCannotBeUsed) {
   const std::string missing = path("missing.txt");
   EXPECT_EQ(run("demo --text " + missing).code, 2);
-  EXPECT_EQ(run("demo --text " + missing).text, "reprise: " + missing + ": cannot be read\n");
+  EXPECT_EQ(run("demo --text " + missing).text,
+            "reprise: " + missing + ": No such file or directory\n");
   const std::string empty = write("empty.txt", "");
   EXPECT_EQ(run("demo --text " + empty).code, 2);
   EXPECT_EQ(run("demo --text " + empty).text, "reprise: " + empty + ": the file is empty\n");
@@ -98,8 +99,9 @@ TEST_F(CommandLine, GradientsOfTwoPoliciesAreTheSameFile) {
 }
 
 TEST_F(CommandLine, DemoLearnsAndItsTableAgrees) {
-  const Outcome outcome = run("demo --quiet --seconds 8");
+  const Outcome outcome = run("demo --seconds 8");
   ASSERT_EQ(outcome.code, 0) << outcome.text;
+  testing::expect_demo_output(outcome.text, 8);
   double before = 0, after = 0;
   ASSERT_EQ(std::sscanf(outcome.text.c_str() + outcome.text.find("Validation loss before:"),
                         "Validation loss before: %lf", &before),

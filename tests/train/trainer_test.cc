@@ -110,6 +110,36 @@ TEST(Trainer, EverythingFrozenIsANamedError) {
   }
 }
 
+class WithSpares : public nn::Llama {
+ public:
+  WithSpares() : nn::Llama(tiny(), {cpu, DType::f32}) {
+    Module::add("spare", spare);
+    Module::add("other", other);
+    name_parameters();
+  }
+  Parameter spare{"spare", Tensor::zeros(Shape{2}, DType::f32)};
+  Parameter other{"other", Tensor::zeros(Shape{3}, DType::f32)};
+};
+
+TEST(Trainer, WarnsOnceOfParametersThatTheLossDoesNotReach) {
+  Small small;
+  const auto warnings = [&](nn::Model& model) {
+    model.initialize(small.generator);
+    ::testing::internal::CaptureStderr();
+    Trainer trainer(model, small.generator, {});
+    trainer.step(small.batch, 1e-3);
+    trainer.step(small.batch, 1e-3);
+    return ::testing::internal::GetCapturedStderr();
+  };
+  WithSpares model;
+  EXPECT_EQ(warnings(model),
+            "reprise: warning: the loss does not reach 2 trainable parameters: spare, other\n");
+  model.spare.set_trainable(false);
+  EXPECT_EQ(warnings(model),
+            "reprise: warning: the loss does not reach 1 trainable parameter: other\n");
+  EXPECT_EQ(warnings(small.model), "");
+}
+
 TEST(Trainer, GoesOnAfterTheWeightIsRepaired) {
   Small run;
   Trainer trainer(run.model, run.generator, {});
