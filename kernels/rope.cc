@@ -3,7 +3,7 @@
 #include <string_view>
 
 #include "kernels/matrix.h"
-#include "kernels/rope_cpu.h"
+#include "kernels/rope_sides.h"
 
 namespace reprise::kernels {
 namespace {

@@ -1,6 +1,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/rope_cpu.cc"
-#include "kernels/rope_cpu.h"
+#include "kernels/rope_sides.h"
 
 #include "hwy/foreach_target.h"
 #include "kernels/pieces.h"
