@@ -11,6 +11,7 @@ std::vector<OpCase> attention_cases();
 std::vector<OpCase> dropout_cases();
 std::vector<OpCase> elementwise_cases();
 std::vector<OpCase> embedding_cases();
+std::vector<OpCase> l2_normalize_cases();
 std::vector<OpCase> losses_cases();
 std::vector<OpCase> matmul_cases();
 std::vector<OpCase> norm_cases();
@@ -21,8 +22,8 @@ std::vector<OpCase> shape_cases();
 std::vector<OpCase> all_op_cases() {
   std::vector<OpCase> all;
   for (const auto family :
-       {attention_cases, dropout_cases, elementwise_cases, embedding_cases, losses_cases,
-        matmul_cases, norm_cases, rope_cases, scaling_cases, shape_cases}) {
+       {attention_cases, dropout_cases, elementwise_cases, embedding_cases, l2_normalize_cases,
+        losses_cases, matmul_cases, norm_cases, rope_cases, scaling_cases, shape_cases}) {
     std::vector<OpCase> cases = family();
     std::ranges::move(cases, std::back_inserter(all));
   }
