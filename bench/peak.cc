@@ -1,5 +1,5 @@
-// What the machine can do, to measure against: register-only fused multiply-adds in f32 and copy
-// bandwidth, with one thread and with all. Prints one JSON object.
+#include "bench/peak.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "bench/peak.cc"
 #include <hwy/foreach_target.h>
@@ -41,11 +41,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <cstring>
 #include <vector>
 
-#include <fmt/format.h>
 #include <omp.h>
 
 namespace reprise::bench {
@@ -58,22 +56,34 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// The best of several runs: others on the machine only ever slow one down.
-double gflops(int threads) {
+double fma_f32(std::int64_t rounds) {
+  float sink = 0;
+  const double flops = HWY_DYNAMIC_DISPATCH(multiply_adds)(rounds, &sink);
+  volatile float keep = sink;
+  (void)keep;
+  return flops;
+}
+
+}  // namespace
+
+std::string fma_target() {
+  return HWY_DYNAMIC_DISPATCH(target)();
+}
+
+double best_gflops(int threads, double (*work)(std::int64_t rounds), std::int64_t rounds) {
   double best = 0;
   for (int run = 0; run < 7; ++run) {
     double flops = 0;
     const auto start = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) reduction(+ : flops)
-    {
-      float sink = 0;
-      flops += HWY_DYNAMIC_DISPATCH(multiply_adds)(20'000'000, &sink);
-      volatile float keep = sink;
-      (void)keep;
-    }
+    flops += work(rounds);
     best = std::max(best, flops / seconds_since(start) / 1e9);
   }
   return best;
+}
+
+double fma_f32_gflops(int threads) {
+  return best_gflops(threads, fma_f32, 20'000'000);
 }
 
 double copy_gb_per_s(int threads) {
@@ -93,16 +103,9 @@ double copy_gb_per_s(int threads) {
   return best;
 }
 
-}  // namespace
-}  // namespace reprise::bench
-
-int main() {
-  using namespace reprise::bench;
-  const int all = omp_get_num_procs();
-  fmt::print(
-      "{{\"target\": \"{}\", \"fma_f32_gflops_1\": {:.1f}, \"fma_f32_gflops_all\": {:.1f}, "
-      "\"copy_gb_per_s_1\": {:.2f}, \"copy_gb_per_s_all\": {:.2f}, \"threads_all\": {}}}\n",
-      HWY_DYNAMIC_DISPATCH(target)(), gflops(1), gflops(all), copy_gb_per_s(1), copy_gb_per_s(all),
-      all);
+Peaks measure_peaks(int threads) {
+  return {fma_f32_gflops(threads), bf16_peak(threads), copy_gb_per_s(threads)};
 }
+
+}  // namespace reprise::bench
 #endif

@@ -50,6 +50,10 @@ void Allocator::count(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t s
       at_peak_ = live_;
     }
   }
+  add_event(delta_bytes, kind, segment);
+}
+
+void Allocator::add_event(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment) {
   if (timeline_) {
     const auto now = std::chrono::steady_clock::now() - start_;
     events_.push_back({std::chrono::duration_cast<std::chrono::microseconds>(now).count(),
@@ -99,8 +103,11 @@ void Allocator::free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t
   }
 }
 
-void Allocator::reclassify(std::size_t bytes, MemoryKind from, MemoryKind to) noexcept {
+void Allocator::reclassify(std::size_t bytes, MemoryKind from, MemoryKind to,
+                           std::uint32_t segment) {
   std::lock_guard lock(mutex_);
+  add_event(-static_cast<std::int64_t>(bytes), from, segment);
+  add_event(static_cast<std::int64_t>(bytes), to, segment);
   live_[static_cast<std::size_t>(from)] -= static_cast<std::int64_t>(bytes);
   auto& live = live_[static_cast<std::size_t>(to)];
   live += static_cast<std::int64_t>(bytes);
@@ -217,7 +224,7 @@ Storage* Storage::wrap(void* data, std::size_t bytes, Device device, std::shared
 
 void Storage::reclassify(MemoryKind to) {
   if (!owner && kind != to) {
-    allocator(device).reclassify(bytes, kind, to);
+    allocator(device).reclassify(bytes, kind, to, segment);
     kind = to;
   }
 }

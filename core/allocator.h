@@ -65,7 +65,7 @@ class Allocator {
   void* allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment);
   void free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment) noexcept;
   // The same bytes now serve another purpose.
-  void reclassify(std::size_t bytes, MemoryKind from, MemoryKind to) noexcept;
+  void reclassify(std::size_t bytes, MemoryKind from, MemoryKind to, std::uint32_t segment);
 
   MemoryReport report() const;
   // The peak starts again at what is live now.
@@ -85,7 +85,8 @@ class Allocator {
 
   // Records (time, live bytes, kind, segment) at each change while on.
   void set_timeline(bool on);
-  // {"device": ..., "events": [[microseconds, live_bytes, delta_bytes, "kind", "segment"], ...]}
+  // {"device": ..., "events": [[microseconds, live_bytes, delta_bytes, "kind", "segment"], ...]}.
+  // The deltas of a kind add up to its live bytes: bytes that change their kind are two events.
   std::string timeline_json() const;
 
  private:
@@ -95,6 +96,7 @@ class Allocator {
     std::uint32_t segment;
   };
   void count(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment);
+  void add_event(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment);
 
   const Device device_;
   const std::unique_ptr<MemorySource> source_;

@@ -78,8 +78,10 @@ void* Arena::allocate(std::size_t bytes) {
   live_bytes_ += wanted;
   most_live_bytes_ = std::max(most_live_bytes_, live_bytes_);
   touch(at, wanted);
-  if (resident_bytes_ > most_live_bytes_ + slack_bytes_) {
+  if (resident_bytes_ > std::max(most_live_bytes_ + slack_bytes_, pinned_bytes_)) {
     trim(most_live_bytes_ + slack_bytes_ / 2);
+    // Small blocks may hold on to every huge page: then only more of them are worth another look.
+    pinned_bytes_ = resident_bytes_ + slack_bytes_ / 4;
   }
   return at;
 }
@@ -106,6 +108,9 @@ void Arena::free(void* at, std::size_t bytes) noexcept {
     }
   }
   insert(first, size);
+  if (size >= 2 * kHugePage) {
+    pinned_bytes_ = 0;
+  }
 }
 
 void Arena::touch(const char* at, std::size_t bytes) {

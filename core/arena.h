@@ -46,6 +46,7 @@ class Arena : public MemorySource {
   std::vector<bool> resident_;                       // by huge page, up to the last one touched
   std::size_t resident_bytes_ = 0;
   std::size_t live_bytes_ = 0, most_live_bytes_ = 0;
+  std::size_t pinned_bytes_ = 0;  // no trim below: the last one left this much
 };
 
 }  // namespace reprise

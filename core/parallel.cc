@@ -1,5 +1,8 @@
 #include "core/parallel.h"
 
+#include <atomic>
+#include <exception>
+
 #include <omp.h>
 
 // GCC's OpenMP runtime is not instrumented: the thread sanitizer learns of fork and join from here.
@@ -24,6 +27,30 @@ void set_threads(int count) {
 
 namespace internal {
 
+namespace {
+
+// The first exception of a loop. An exception that leaves an OpenMP region ends the process.
+class FirstException {
+ public:
+  bool caught() const { return caught_.load(std::memory_order_relaxed); }
+  void take() noexcept {
+    if (!caught_.exchange(true)) {
+      exception_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (exception_) {
+      std::rethrow_exception(exception_);
+    }
+  }
+
+ private:
+  std::atomic<bool> caught_ = false;
+  std::exception_ptr exception_;
+};
+
+}  // namespace
+
 void parallel_chunks(std::int64_t chunks, void (*body)(void*, std::int64_t), void* context) {
   if (chunks == 1 || omp_in_parallel()) {
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -31,17 +58,26 @@ void parallel_chunks(std::int64_t chunks, void (*body)(void*, std::int64_t), voi
     }
     return;
   }
+  FirstException exception;
   REPRISE_HAPPENS_BEFORE(context);
 #pragma omp parallel
   {
     REPRISE_HAPPENS_AFTER(context);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-      body(context, chunk);
+      if (exception.caught()) {
+        continue;
+      }
+      try {
+        body(context, chunk);
+      } catch (...) {
+        exception.take();
+      }
     }
     REPRISE_HAPPENS_BEFORE(&chunks);
   }
   REPRISE_HAPPENS_AFTER(&chunks);
+  exception.rethrow();
 }
 
 }  // namespace internal

@@ -7,8 +7,8 @@
 
 namespace reprise {
 
-// Threads that parallel_for uses; set_threads(n) with n >= 1. Default: OMP_NUM_THREADS or the
-// cores.
+// Threads that parallel_for uses when this thread calls it (each thread has its own number);
+// set_threads(n) with n >= 1. Default: OMP_NUM_THREADS or the cores.
 int threads();
 void set_threads(int count);
 
@@ -16,8 +16,9 @@ namespace internal {
 void parallel_chunks(std::int64_t chunks, void (*body)(void*, std::int64_t), void* context);
 }
 
-// Calls f(begin, end) for [0, grain), [grain, 2 grain), ... of [0, count). f must not throw, and
-// what it writes must not depend on the other calls. Runs inline when there is one chunk.
+// Calls f(begin, end) for [0, grain), [grain, 2 grain), ... of [0, count). What f writes must not
+// depend on the other calls. When f throws, calls that have not begun are left out and the first
+// exception is thrown again to the caller. Runs inline when there is one chunk.
 template <class F>
 void parallel_for(std::int64_t count, std::int64_t grain, F&& f) {
   if (count <= 0) {

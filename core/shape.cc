@@ -1,11 +1,20 @@
 #include "core/shape.h"
 
+#include <algorithm>
+
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include "core/error.h"
 
 namespace reprise {
+
+namespace {
+
+// Bytes of any dtype then fit in 63 bits.
+constexpr std::int64_t kMostElements = std::int64_t{1} << 60;
+
+}  // namespace
 
 Shape::Shape(std::initializer_list<std::int64_t> sizes)
     : Shape(std::span<const std::int64_t>(sizes.begin(), sizes.size())) {}
@@ -19,10 +28,12 @@ Shape::Shape(std::span<const std::int64_t> sizes) {
     if (size < 0) {
       fail("shape", "sizes must not be negative, got [{}]", fmt::join(sizes, ", "));
     }
-    if (__builtin_mul_overflow(numel, size, &numel)) {
-      fail("shape", "number of elements overflows 63 bits: [{}]", fmt::join(sizes, ", "));
-    }
     sizes_[rank_++] = size;
+    // A size of 0 does not excuse the others: products of some of them are taken, as rows() does.
+    if (__builtin_mul_overflow(numel, std::max<std::int64_t>(1, size), &numel) ||
+        numel > kMostElements) {
+      fail("shape", "must have at most 2^60 elements, got [{}]", fmt::join(sizes, ", "));
+    }
   }
 }
 
@@ -43,9 +54,9 @@ std::int64_t Shape::rows() const {
 }
 
 Shape Shape::with(int dim, std::int64_t size) const {
-  Shape copy = *this;
-  copy.sizes_[dim] = size;
-  return copy;
+  auto sizes = sizes_;
+  sizes[static_cast<std::size_t>(dim)] = size;
+  return Shape(std::span<const std::int64_t>(sizes.data(), static_cast<std::size_t>(rank_)));
 }
 
 std::string to_string(const Shape& shape) {

@@ -14,7 +14,7 @@ class Shape {
   static constexpr int kMaxRank = 6;
 
   Shape() = default;  // rank 0: a scalar, one element
-  // Throws Error when there are more than six sizes or a negative one.
+  // Throws Error when there are more than six sizes, a negative one, or more than 2^60 elements.
   Shape(std::initializer_list<std::int64_t> sizes);
   explicit Shape(std::span<const std::int64_t> sizes);
 

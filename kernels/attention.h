@@ -19,7 +19,8 @@
 // Strides: q, k, v and the upstream gradient have unit inner stride, any others (heads inside a
 // fused projection); out, log_sum_exp and the gradients are contiguous. Dtypes: q, k, v, out and
 // gradients all f32 or all bf16; log_sum_exp f32. Scores and sums in f32; with bf16 the
-// probabilities (and e) are rounded to bf16 before they are multiplied. Dropout: d_ij comes from
+// probabilities (and e) are rounded to bf16 before they are multiplied. Exponentials below 2^-100
+// of a row's largest count as 0 (no subnormal operands of products). Dropout: d_ij comes from
 // word j % 4 of block offset + ((b H + h) T + i) ceil(S / 4) + j / 4 of the stream `seed`
 // (core/philox.h): dropped where uniform(word) < dropout. Aliasing: outputs must not overlap inputs
 // or each other. Order of sums: fixed by the sizes and by what is visible, not by threads.

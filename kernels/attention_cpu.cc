@@ -98,7 +98,7 @@ HWY_ATTR float exp_row(const float* scores, T* probabilities, std::int64_t width
       if (count != lanes()) {
         hidden = hn::Or(hidden, hn::Not(within(0, 0, count)));
       }
-      p = hn::IfThenZeroElse(hidden, exponential(hn::Sub(hn::IfThenElse(hidden, shift, s), shift)));
+      p = hn::IfThenZeroElse(hidden, probability(hn::Sub(hn::IfThenElse(hidden, shift, s), shift)));
       sum = hn::Add(sum, p);
       if (keep != nullptr) {
         p = hn::Mul(p, get(keep + c, count));
@@ -177,7 +177,7 @@ HWY_ATTR void gradient_row(const GradientTile& t, std::int64_t row) {
     auto kept = p;
     if (c < end && c + count > begin) {
       const auto s = hn::Mul(get(t.scores + start + c, count), scale);
-      p = exponential(hn::Sub(s, get(t.log_sum_exp + c, count)));
+      p = probability(hn::Sub(s, get(t.log_sum_exp + c, count)));
       auto dp = get(t.products + start + c, count);
       kept = p;
       if (t.keep != nullptr) {

@@ -11,10 +11,11 @@
 // Dtypes: x and d x f32 or bf16, computed in f32; labels i64; loss and g f32 []; lse f32 of the
 // shape of the labels. Rows are added in f64 in their order: the result does not depend on threads.
 // NaN or +inf in a valid row, or nothing but -inf, gives a NaN loss and a NaN gradient in that row.
-// lse of an ignored row is 0: its logits are not read. Strides: x and d x rows of unit stride; the
-// others contiguous. Aliasing: d x may be x, when it does not accumulate: the gradient is then
-// formed in place. Errors: shapes, dtypes, devices or strides other than these; a label outside of
-// [0, V), by row; items negative or not finite.
+// lse of an ignored row is 0: its logits are not read. Probabilities below 2^-100 count as 0, so
+// that no gradient is subnormal, which matrix products would pay for dearly. Strides: x and d x
+// rows of unit stride; the others contiguous. Aliasing: d x may be x, when it does not accumulate:
+// the gradient is then formed in place. Errors: shapes, dtypes, devices or strides other than
+// these; a label outside of [0, V), by row; items negative or not finite.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,7 @@
 // What follows foreach_target.h is compiled once for each target: not to be sorted.
 // clang-format off
 #include "hwy/foreach_target.h"
-#include "hwy/contrib/math/math-inl.h"
-#include "kernels/vector_io-inl.h"
+#include "kernels/vector_math-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -71,12 +70,12 @@ HWY_INLINE double exponentials(const T* x, std::int64_t count, float max) {
   FloatVector s0 = hn::Zero(tag), s1 = s0;
   std::int64_t i = 0;
   for (; i + 2 * step <= count; i += 2 * step) {
-    s0 = hn::Add(s0, hn::Exp(tag, hn::Sub(load(x + i), shift)));
-    s1 = hn::Add(s1, hn::Exp(tag, hn::Sub(load(x + i + step), shift)));
+    s0 = hn::Add(s0, probability(hn::Sub(load(x + i), shift)));
+    s1 = hn::Add(s1, probability(hn::Sub(load(x + i + step), shift)));
   }
   for (; i < count; i += step) {
     const FloatVector a = i + step <= count ? load(x + i) : load_last(x + i, count - i);
-    s0 = hn::Add(s0, hn::Exp(tag, hn::Sub(a, shift)));
+    s0 = hn::Add(s0, probability(hn::Sub(a, shift)));
   }
   return sum_of_lanes(hn::Add(s0, s1));
 }
@@ -97,7 +96,7 @@ struct Softmax {
   float lse, factor;
   HWY_ATTR HWY_INLINE FloatVector operator()(FloatVector x) const {
     const FloatTag tag;
-    return hn::Mul(hn::Exp(tag, hn::Sub(x, hn::Set(tag, lse))), hn::Set(tag, factor));
+    return hn::Mul(probability(hn::Sub(x, hn::Set(tag, lse))), hn::Set(tag, factor));
   }
 };
 struct AddSoftmax {

@@ -66,7 +66,14 @@ TileShape checked(const Tensor& a, const Tensor& b, const Tensor& c, const Matmu
 
 // A product over nothing: c is the bias, zero, or as it was.
 void fill_without_product(const Tensor& c, const MatmulOptions& options, const Tensor& bias) {
-  if (options.accumulate || c.is_meta()) {
+  if (options.accumulate) {
+    return;
+  }
+  const Tensor row =
+      !bias.defined() || bias.dtype() == c.dtype()
+          ? bias
+          : Tensor::empty(bias.shape(), c.dtype(), c.device(), MemoryKind::workspace);
+  if (c.is_meta()) {
     return;
   }
   c.zero();
@@ -74,7 +81,6 @@ void fill_without_product(const Tensor& c, const MatmulOptions& options, const T
     return;
   }
   const Tensor rows = c.reshape(Shape{c.shape().rows(), c.shape().back()});
-  const Tensor row = bias.dtype() == c.dtype() ? bias : Tensor::empty(bias.shape(), c.dtype());
   if (row.dtype() != bias.dtype()) {
     column_sums(bias.reshape(Shape{1, bias.numel()}), row);
   }

@@ -75,48 +75,82 @@ std::int64_t padded(std::int64_t floats) {
   return (floats + 15) / 16 * 16;
 }
 
+// Goes along K in parts, so that the widened copies stay small.
 class Widened final : public TileProduct {
  public:
   Widened(const TileShape& shape, std::unique_ptr<TileProduct> (*f32_product)(const TileShape&))
-      : shape_(shape),
-        rows_a_(shape.transpose_a ? shape.k : shape.m),
-        width_a_(shape.transpose_a ? shape.m : shape.k),
-        rows_b_(shape.transpose_b ? shape.n : shape.k),
-        width_b_(shape.transpose_b ? shape.k : shape.n) {
+      : shape_(shape), part_(std::min(shape.k, kPart)) {
     TileShape inner = shape;
-    inner.lda = width_a_;
-    inner.ldb = width_b_;
     inner.ldc = shape.n;
     inner.inputs = inner.output = DType::f32;
     if (shape.bias) {
       inner.bias = DType::f32;
     }
-    product_ = f32_product(inner);
-    ensure(product_ != nullptr, "there is a product of f32 matrices");
+    const auto make = [&](std::int64_t k) {
+      inner.k = k;
+      inner.lda = shape.transpose_a ? shape.m : k;
+      inner.ldb = shape.transpose_b ? k : shape.n;
+      auto product = f32_product(inner);
+      ensure(product != nullptr, "there is a product of f32 matrices");
+      return product;
+    };
+    first_ = make(part_);
+    inner.accumulate = true;
+    inner.bias.reset();
+    if (shape.k >= 2 * part_) {
+      next_ = make(part_);
+    }
+    if (shape.k % part_ != 0) {
+      last_ = make(shape.k % part_);
+    }
   }
 
   std::int64_t scratch_bytes() const override {
-    return 4 * (padded(rows_a_ * width_a_) + padded(rows_b_ * width_b_) +
-                padded(shape_.m * shape_.n) + padded(shape_.n)) +
-           product_->scratch_bytes();
+    std::int64_t most = 0;
+    for (const auto* product : {&first_, &next_, &last_}) {
+      most = std::max(most, *product ? (*product)->scratch_bytes() : 0);
+    }
+    return 4 * (padded(shape_.m * part_) + padded(part_ * shape_.n) + padded(shape_.m * shape_.n) +
+                padded(shape_.n)) +
+           most;
   }
 
   void run(const void* a, const void* b, void* c, const void* bias, void* scratch) const override {
     float* const wide_a = static_cast<float*>(scratch);
-    float* const wide_b = wide_a + padded(rows_a_ * width_a_);
-    float* const wide_c = wide_b + padded(rows_b_ * width_b_);
+    float* const wide_b = wide_a + padded(shape_.m * part_);
+    float* const wide_c = wide_b + padded(part_ * shape_.n);
     float* const wide_bias = wide_c + padded(shape_.m * shape_.n);
-    widen(a, shape_.inputs, shape_.lda, rows_a_, width_a_, wide_a);
-    widen(b, shape_.inputs, shape_.ldb, rows_b_, width_b_, wide_b);
     if (shape_.accumulate) {
       widen(c, shape_.output, shape_.ldc, shape_.m, shape_.n, wide_c);
     }
     if (shape_.bias) {
       widen(bias, *shape_.bias, 0, 1, shape_.n, wide_bias);
     }
-    product_->run(wide_a, wide_b, wide_c, wide_bias, wide_bias + padded(shape_.n));
+    for (std::int64_t at = 0; at < shape_.k; at += part_) {
+      const std::int64_t k = std::min(part_, shape_.k - at);
+      widen_part(a, shape_.lda, shape_.transpose_a, at, k, shape_.m, wide_a);
+      widen_part(b, shape_.ldb, !shape_.transpose_b, at, k, shape_.n, wide_b);
+      const TileProduct& product = at == 0 ? *first_ : k == part_ ? *next_ : *last_;
+      product.run(wide_a, wide_b, wide_c, wide_bias, wide_bias + padded(shape_.n));
+    }
+    narrow(wide_c, c);
+  }
+
+ private:
+  static constexpr std::int64_t kPart = 1024;
+
+  // `k` steps of K from `at` on: rows of `width` where K goes down the rows, else columns.
+  void widen_part(const void* from, std::int64_t stride, bool k_is_rows, std::int64_t at,
+                  std::int64_t k, std::int64_t width, float* to) const {
+    const std::int64_t skip = k_is_rows ? at * stride : at;
+    const void* const part = static_cast<const char*>(from) +
+                             skip * static_cast<std::int64_t>(size_bytes(shape_.inputs));
+    widen(part, shape_.inputs, stride, k_is_rows ? k : width, k_is_rows ? width : k, to);
+  }
+
+  void narrow(const float* wide, void* c) const {
     for (std::int64_t row = 0; row < shape_.m; ++row) {
-      const float* const from = wide_c + row * shape_.n;
+      const float* const from = wide + row * shape_.n;
       if (shape_.output == DType::bf16) {
         std::transform(from, from + shape_.n, static_cast<bfloat16*>(c) + row * shape_.ldc,
                        to_bfloat16);
@@ -126,10 +160,9 @@ class Widened final : public TileProduct {
     }
   }
 
- private:
   TileShape shape_;
-  std::int64_t rows_a_, width_a_, rows_b_, width_b_;
-  std::unique_ptr<TileProduct> product_;
+  std::int64_t part_;
+  std::unique_ptr<TileProduct> first_, next_, last_;  // of K: overwrites or adds to what was there
 };
 
 }  // namespace

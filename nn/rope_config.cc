@@ -19,7 +19,8 @@ void read_llama3(JsonReader& json, RopeConfig& rope) {
   rope.factor = json.number("factor");
   rope.low_frequency = json.number("low_freq_factor");
   rope.high_frequency = json.number("high_freq_factor");
-  rope.original_positions = json.integer_between(1, kMostPositions, "original_max_position_embeddings");
+  rope.original_positions =
+      json.integer_between(1, kMostPositions, "original_max_position_embeddings");
   if (json.status().ok() && !(rope.low_frequency > 0)) {
     json.refuse("low_freq_factor", fmt::format("must be above 0, got {}", rope.low_frequency));
   }
@@ -36,8 +37,8 @@ double magnitude(double scale, double weight) {
 
 void read_yarn(JsonReader& json, RopeConfig& rope) {
   rope.scaling = RopeScaling::yarn;
-  rope.original_positions =
-      json.integer_between(1, kMostPositions, "original_max_position_embeddings", rope.max_positions);
+  rope.original_positions = json.integer_between(
+      1, kMostPositions, "original_max_position_embeddings", rope.max_positions);
   rope.factor = json.number("factor", static_cast<double>(rope.max_positions) /
                                           static_cast<double>(rope.original_positions));
   const double weight = json.number("mscale", 0), all_dims = json.number("mscale_all_dim", 0);

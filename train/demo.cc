@@ -59,7 +59,7 @@ double validation_loss(Trainer& trainer, const ByteData& data) {
   return sum / static_cast<double>(count);
 }
 
-void print_sample(nn::Model& model, const char* when, std::uint64_t seed) {
+void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed) {
   Generator generator{seed + 100, 0};
   model.evaluate();
   fmt::print("\nSampled text {}:\n| ", when);
@@ -112,7 +112,7 @@ absl::Status write_gradients(const std::vector<Parameter*>& parameters, const st
   return nn::write_safetensors(path, tensors);
 }
 
-void print_head(nn::Model& model, std::string_view text, const ByteData& data,
+void print_head(nn::LanguageModel& model, std::string_view text, const ByteData& data,
                 const DemoOptions& options, const distributed::Communicator& ranks) {
   std::int64_t count = 0;
   for (const Parameter* p : model.parameters()) {
@@ -129,10 +129,10 @@ void print_head(nn::Model& model, std::string_view text, const ByteData& data,
 
 }  // namespace
 
-std::unique_ptr<nn::Model> demo_model(Device device) {
+std::unique_ptr<nn::LanguageModel> demo_model(Device device) {
   auto config = nn::JsonReader::parse(kConfig, "demo");
   ensure(config.ok(), "the demo's config does not parse: {}", config.status().ToString());
-  auto model = nn::build_model(*config, {device, DType::f32});
+  auto model = nn::build_language_model(*config, {device, DType::f32});
   ensure(model.ok(), "the demo's model cannot be built: {}", model.status().ToString());
   return *std::move(model);
 }

@@ -10,7 +10,7 @@
 
 #include "core/tensor.h"
 #include "distributed/communicator.h"
-#include "nn/models/model.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::train {
 
@@ -25,7 +25,7 @@ struct DemoOptions {
 };
 
 // About 10 M parameters: bytes in, 8 blocks of width 320.
-std::unique_ptr<nn::Model> demo_model(Device device);
+std::unique_ptr<nn::LanguageModel> demo_model(Device device);
 
 // The text to learn, after a look at all that can be wrong with the options: InvalidArgument,
 // NotFound. Starts nothing, so that it can be asked before other ranks are there.

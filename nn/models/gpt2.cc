@@ -22,7 +22,8 @@ Gpt2Config read_gpt2_config(JsonReader& json) {
   config.width = json.integer_between(1, kMostWidth, "n_embd", 768);
   config.layers = json.integer_between(0, kMostLayers, "n_layer", 12);
   config.heads = json.integer_between(1, kMostHeads, "n_head", 12);
-  config.inner = json.integer_between(1, 4 * kMostWidth, "n_inner", json.status().ok() ? 4 * config.width : 1);
+  config.inner =
+      json.integer_between(1, 4 * kMostWidth, "n_inner", json.status().ok() ? 4 * config.width : 1);
   config.activation = read_activation(json, "activation_function", "gelu_new");
   config.epsilon = json.number("layer_norm_epsilon", 1e-5);
   config.embedding_dropout = read_dropout(json, "embd_pdrop", 0.1);

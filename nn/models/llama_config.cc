@@ -104,11 +104,13 @@ LlamaConfig read_llama_config(JsonReader& json, std::string_view type) {
   config.heads = json.integer_between(1, kMostHeads, "num_attention_heads", 32);
   // An absent key is 32 for Qwen2's class; null, and Llama's default, is the number of heads.
   const bool absent = !json.has("num_key_value_heads") && !json.is_null("num_key_value_heads");
-  config.kv_heads = json.integer_between(1, kMostHeads, "num_key_value_heads", qwen && absent ? 32 : config.heads);
+  config.kv_heads = json.integer_between(1, kMostHeads, "num_key_value_heads",
+                                         qwen && absent ? 32 : config.heads);
   config.head_size = json.integer_between(
       1, kMostHeadSize, "head_dim",
       std::max<std::int64_t>(config.width / std::max<std::int64_t>(config.heads, 1), 1));
-  config.positions = json.integer_between(1, kMostPositions, "max_position_embeddings", qwen ? 32768 : 2048);
+  config.positions =
+      json.integer_between(1, kMostPositions, "max_position_embeddings", qwen ? 32768 : 2048);
   config.activation = read_activation(json, "hidden_act", "silu");
   config.epsilon = json.number("rms_norm_eps", 1e-6);
   check_heads(json, config);

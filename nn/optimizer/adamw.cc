@@ -97,25 +97,23 @@ void AdamW::step(double learning_rate, double gradient_scale) {
                                         options_.epsilon, gradient_scale};
   kernels::adamw({}, settings);  // its checks, before a state or a version changes
   std::vector<kernels::AdamWTensor> tensors;
-  std::vector<std::size_t> stepped;
+  std::vector<std::pair<std::size_t, Slot>> stepped;  // slots take effect when the step has
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& p = *parameters_[i];
     if (is_zeroed(p)) {
       continue;
     }
-    if (!slots_[i].m.defined()) {
-      slots_[i] = fresh_slot(p, slots_[i].decay);
-    }
-    const Slot& slot = slots_[i];
+    Slot slot = slots_[i].m.defined() ? slots_[i] : fresh_slot(p, slots_[i].decay);
+    ++slot.step;
     tensors.push_back(
-        {p.value(), p.gradient(), slot.m, slot.v, slot.master, slot.decay, slot.step + 1});
-    stepped.push_back(i);
+        {p.value(), p.gradient(), slot.m, slot.v, slot.master, slot.decay, slot.step});
+    stepped.emplace_back(i, std::move(slot));
   }
   kernels::adamw(tensors, settings);
-  for (const std::size_t i : stepped) {
+  for (auto& [i, slot] : stepped) {
     (void)parameters_[i]->write();
-    ++slots_[i].step;
-    slots_[i].version = parameters_[i]->version();
+    slot.version = parameters_[i]->version();
+    slots_[i] = std::move(slot);
   }
 }
 

@@ -261,8 +261,8 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
   for (const NamedParameter& entry : weights_of_file(model)) {
     const std::string key = key_in(weights, model, entry.path);
     const Tensor& value = entry.parameter->value();
-    const absl::Status status = weights.find(key)->read_into(
-        key, Tensor::empty(value.shape(), value.dtype(), meta));
+    const absl::Status status =
+        weights.find(key)->read_into(key, Tensor::empty(value.shape(), value.dtype(), meta));
     if (!status.ok()) {
       return status;
     }

@@ -1,5 +1,8 @@
 #include "core/allocator.h"
 
+#include <atomic>
+#include <chrono>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -88,6 +91,22 @@ TEST(Allocator, TimelineIsJson) {
   EXPECT_EQ(json["events"][1][2], -40);
   EXPECT_EQ(json["events"][0][3], "activations");
   EXPECT_EQ(json["events"][0][4], "quote\"");
+}
+
+TEST(Allocator, TimelineOfAKindAddsUp) {
+  Allocator& memory = allocator(meta);
+  memory.set_timeline(true);
+  {
+    const Tensor x = Tensor::empty({10}, DType::f32, meta);
+    x.reclassify(MemoryKind::saved);
+  }
+  memory.set_timeline(false);
+  std::map<std::string, std::int64_t> live;
+  const auto json = nlohmann::json::parse(memory.timeline_json());
+  for (const auto& event : json["events"]) {
+    EXPECT_GE(live[event[3]] += event[2].get<std::int64_t>(), 0);
+  }
+  EXPECT_EQ(live, (std::map<std::string, std::int64_t>{{"activations", 0}, {"saved", 0}}));
 }
 
 // Blocks never overlap, and what is resident stays near what is live.
@@ -188,6 +207,48 @@ TEST(Parallel, ChunksAreTheSameForAnyNumberOfThreads) {
   }
   set_threads(before);
   parallel_for(0, 3, [](std::int64_t, std::int64_t) { FAIL(); });
+}
+
+// An exception that left a thread of the pool would end the process.
+TEST(Parallel, TheFirstExceptionReachesTheCaller) {
+  const int before = threads();
+  for (int count : {1, 2, 3}) {
+    set_threads(count);
+    const auto failing = [] {
+      parallel_for(100, 1, [](std::int64_t i, std::int64_t) {
+        if (i % 10 == 5) {
+          fail("loop", "does not work");
+        }
+      });
+    };
+    EXPECT_THROW(failing(), Error);
+    std::atomic<int> calls = 0;
+    parallel_for(100, 1, [&](std::int64_t, std::int64_t) { ++calls; });
+    EXPECT_EQ(calls, 100);
+  }
+  set_threads(before);
+}
+
+// Blocks that hold on to a huge page each must not cost a search at every allocation.
+TEST(Arena, PinnedPagesStayCheap) {
+  Arena arena(kMiB);
+  constexpr std::size_t kSmallBlock = 64 << 10;
+  std::vector<void*> large, pins;
+  for (int i = 0; i < 64; ++i) {
+    large.push_back(arena.allocate(2 * kMiB));
+    pins.push_back(arena.allocate(kSmallBlock));
+  }
+  for (void* at : large) {
+    arena.free(at, 2 * kMiB);
+  }
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 20000; ++i) {
+    arena.free(arena.allocate(3 * kMiB), 3 * kMiB);
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(2));
+  for (void* at : pins) {
+    arena.free(at, kSmallBlock);
+  }
 }
 
 }  // namespace

@@ -33,7 +33,15 @@ TEST(Shape, RefusesBadSizes) {
   EXPECT_EQ(error_of([] {
               Shape({std::int64_t{1} << 40, std::int64_t{1} << 40});
             }),
-            "[shape] number of elements overflows 63 bits: [1099511627776, 1099511627776]");
+            "[shape] must have at most 2^60 elements, got [1099511627776, 1099511627776]");
+  EXPECT_EQ(error_of([] {
+              Shape({0, std::int64_t{1} << 61});
+            }),
+            "[shape] must have at most 2^60 elements, got [0, 2305843009213693952]");
+  EXPECT_EQ(error_of([] {
+              (void)Shape({4, 8}).with(1, std::int64_t{1} << 60);
+            }),
+            "[shape] must have at most 2^60 elements, got [4, 1152921504606846976]");
 }
 
 TEST(Shape, ScalarAndEmpty) {

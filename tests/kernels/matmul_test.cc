@@ -1,5 +1,6 @@
 #include "kernels/matmul.h"
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -276,25 +277,26 @@ TEST(Matmul, EmptySizes) {
 TEST(Matmul, LibrariesAgree) {
   Random random;
   for (const auto [in, out] : kDtypes) {
-    for (int bits = 0; bits < 16; ++bits) {
+    for (int bits = 0; bits < 48; ++bits) {
       TileShape s;
       s.m = 21;
       s.n = 35;
-      s.k = 50;
+      s.k = std::array{50, 2048,
+                       2500}[static_cast<std::size_t>(bits / 16)];  // one, whole, broken parts
       s.transpose_a = (bits & 1) != 0;
       s.transpose_b = (bits & 2) != 0;
       s.accumulate = (bits & 4) != 0;
       s.inputs = in;
       s.output = out;
       const Tensor a =
-          s.transpose_a ? random.matrix(s.k, s.m, in, 60) : random.matrix(s.m, s.k, in, 60);
+          s.transpose_a ? random.matrix(s.k, s.m, in, 60) : random.matrix(s.m, s.k, in, s.k + 10);
       const Tensor b =
-          s.transpose_b ? random.matrix(s.n, s.k, in, 70) : random.matrix(s.k, s.n, in, 70);
+          s.transpose_b ? random.matrix(s.n, s.k, in, s.k + 20) : random.matrix(s.k, s.n, in, 70);
       const Tensor c = random.matrix(s.m, s.n, out, 40), before = c.clone();
       const Tensor bias = random.matrix(1, s.n, out).reshape(Shape{s.n});
       const bool with_bias = !s.accumulate && (bits & 8) != 0;
-      s.lda = 60;
-      s.ldb = 70;
+      s.lda = s.transpose_a ? 60 : s.k + 10;
+      s.ldb = s.transpose_b ? s.k + 20 : 70;
       s.ldc = 40;
       if (with_bias) {
         s.bias = out;

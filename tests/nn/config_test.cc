@@ -136,18 +136,20 @@ TEST(Config, WindowsOfQwen2) {
                         "num_hidden_layers": 2})",
                     "qwen2")
                   .windows.empty());
-  EXPECT_THAT(llama(R"({"use_sliding_window": true, "max_window_layers": 1, "num_hidden_layers": 2})",
-                    "qwen2")
-                  .windows,
-              ElementsAre(0, 4096));
+  EXPECT_THAT(
+      llama(R"({"use_sliding_window": true, "max_window_layers": 1, "num_hidden_layers": 2})",
+            "qwen2")
+          .windows,
+      ElementsAre(0, 4096));
   // What no layer uses may be anything.
   for (const std::string unused : {"0", "-1"}) {
     EXPECT_TRUE(llama(R"({"use_sliding_window": false, "sliding_window": )" + unused + "}", "qwen2")
                     .windows.empty());
-    EXPECT_TRUE(llama(R"({"use_sliding_window": true, "max_window_layers": 99, "sliding_window": )" +
-                          unused + "}",
-                      "qwen2")
-                    .windows.empty());
+    EXPECT_TRUE(
+        llama(R"({"use_sliding_window": true, "max_window_layers": 99, "sliding_window": )" +
+                  unused + "}",
+              "qwen2")
+            .windows.empty());
   }
   EXPECT_TRUE(llama(R"({"num_hidden_layers": 1, "layer_types": ["full_attention"]})", "qwen2")
                   .windows.empty());

@@ -121,7 +121,8 @@ TEST(Rope, TellsWhatIsWrong) {
             "c.json: rope_scaling.factor must be above 0, got 0");
   EXPECT_EQ(problem(R"({"rope_scaling": "linear"})"),
             "c.json: rope_scaling must be an object, got \"linear\"");
-  EXPECT_EQ(problem(R"({"rope_theta": 1})"), "c.json: rope_theta must be above 1 and at most 1e+30, got 1");
+  EXPECT_EQ(problem(R"({"rope_theta": 1})"),
+            "c.json: rope_theta must be above 1 and at most 1e+30, got 1");
   EXPECT_EQ(problem(R"({"rope_theta": 1e300})"),
             "c.json: rope_theta must be above 1 and at most 1e+30, got 1e+300");
   EXPECT_EQ(problem(R"({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 0,

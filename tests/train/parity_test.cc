@@ -292,7 +292,7 @@ TEST(Parity, CasesThatCannotBeRead) {
     return copy.problem();
   };
   EXPECT_EQ(with([](Copy& c) { c.erase([](const auto& key) { return key == "in.input_ids"; }); }),
-            "there is no tensor \"in.input_ids\"");
+            "has neither in.input_ids nor in.pixel_values");
   EXPECT_EQ(with([](Copy& c) { c.at("in.input_ids") = Tensor::zeros(Shape{2}, DType::i64); }),
             "in.input_ids must be i64 [B, T], got i64 [2]");
   EXPECT_EQ(with([](Copy& c) {
@@ -302,9 +302,15 @@ TEST(Parity, CasesThatCannotBeRead) {
   EXPECT_EQ(with([](Copy& c) {
               c.at("in.position_ids") = Tensor::zeros(Shape{3, 2, 14}, DType::i64);
             }),
-            "in.position_ids must be i64 [B, T] = [2, 14], got i64 [3, 2, 14]");
+            "[model] positions must be i64 [B, T] = [2, 14], got i64 [3, 2, 14]");
+  EXPECT_EQ(with([](Copy& c) {
+              c.at("in.position_ids") = Tensor::zeros(Shape{2, 2, 14}, DType::i64);
+            }),
+            "in.position_ids must be i64 [B, T] or [3, B, T] = [2, 14], got i64 [2, 2, 14]");
+  EXPECT_EQ(with([](Copy& c) { c.at("in.surprise") = Tensor::zeros(Shape{1}, DType::f32); }),
+            "in.surprise is not an input that any model takes");
   EXPECT_EQ(with([](Copy& c) { c.at("in.pixel_values") = Tensor::zeros(Shape{1}, DType::f32); }),
-            "in.pixel_values is not an input of the models that are supported");
+            "[model] pixels must be absent: qwen2 takes no images");
   EXPECT_EQ(with([](Copy& c) { c.at("out.logits") = Tensor::zeros(Shape{2}, DType::f32); }),
             "out.logits must have shape [2, 14, 101], got [2]");
   EXPECT_EQ(with([](Copy& c) { c.at("out.loss") = Tensor::zeros(Shape{}, DType::bf16); }),
