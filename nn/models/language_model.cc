@@ -146,8 +146,8 @@ absl::StatusOr<std::unique_ptr<LanguageModel>> build_language_model(JsonReader& 
   }
   auto* const language = dynamic_cast<LanguageModel*>(model->get());
   if (language == nullptr) {
-    config.refuse("model_type", fmt::format("must be a language model, got \"{}\"",
-                                            (*model)->type()));
+    config.refuse("model_type",
+                  fmt::format("must be a language model, got \"{}\"", (*model)->type()));
     return config.status();
   }
   (void)model->release();
