@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "nn/models/clip.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
@@ -12,6 +13,7 @@ namespace {
 struct Kind {
   std::string_view type, architecture;
   std::unique_ptr<Model> (*build)(JsonReader&, Place);
+  bool whole = false;  // reads the whole file, not text_config where there is one
 };
 
 std::unique_ptr<Model> build_gpt2(JsonReader& json, Place place) {
@@ -24,10 +26,22 @@ std::unique_ptr<Model> build_llama(JsonReader& json, Place place) {
   return json.status().ok() ? std::make_unique<Llama>(config, place) : nullptr;
 }
 
+std::unique_ptr<Model> build_clip(JsonReader& json, Place place) {
+  const ClipConfig config = read_clip_config(json);
+  return json.status().ok() ? std::make_unique<Clip>(config, place) : nullptr;
+}
+std::unique_ptr<Model> build_clip_vision(JsonReader& json, Place place) {
+  const ClipVisionConfig config =
+      read_clip_vision_config(json.has("vision_config") ? json.object("vision_config") : json);
+  return json.status().ok() ? std::make_unique<ClipVision>(config, place) : nullptr;
+}
+
 constexpr Kind kKinds[] = {
     {"gpt2", "GPT2LMHeadModel", build_gpt2},
     {"llama", "LlamaForCausalLM", build_llama<false>},
     {"qwen2", "Qwen2ForCausalLM", build_llama<true>},
+    {"clip", "CLIPModel", build_clip, true},
+    {"clip_vision_model", "CLIPVisionModel", build_clip_vision, true},
 };
 
 // The row of the config's model_type, or of its architecture when it has none.
@@ -68,7 +82,7 @@ std::vector<std::string> supported_models() {
 absl::StatusOr<std::unique_ptr<Model>> build_model(JsonReader& config, Place place) {
   const Kind* kind = find_kind(config);
   JsonReader text = config;
-  if (config.has("text_config")) {
+  if (config.has("text_config") && kind != nullptr && !kind->whole) {
     // Re-saved multimodal files keep the decoder's keys one level down, with a type of their own.
     text = config.object("text_config");
   }

@@ -173,10 +173,12 @@ TEST(Config, NestedAndNewerSpelling) {
 TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
   EXPECT_EQ(problem("{}"), "c.json: model_type is missing");
   EXPECT_EQ(problem(R"({"model_type": "mamba"})"),
-            "c.json: model_type must be one of gpt2, llama, qwen2, got \"mamba\"");
+            fmt::format("c.json: model_type must be one of {}, got \"mamba\"",
+                        fmt::join(supported_models(), ", ")));
   EXPECT_EQ(problem(R"({"model_type": 3})"), "c.json: model_type must be a string, got 3");
   EXPECT_EQ(problem(R"({"architectures": ["MambaForCausalLM"]})"),
-            "c.json: architectures must be one of gpt2, llama, qwen2, got \"MambaForCausalLM\"");
+            fmt::format("c.json: architectures must be one of {}, got \"MambaForCausalLM\"",
+                        fmt::join(supported_models(), ", ")));
   EXPECT_EQ(problem(R"({"architectures": "GPT2LMHeadModel"})"),
             "c.json: architectures must be a list of strings, got \"GPT2LMHeadModel\"");
   EXPECT_EQ(problem(R"({"model_type": "gpt2", "n_layer": "12"})"),

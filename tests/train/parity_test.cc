@@ -21,8 +21,8 @@ using nn::SafetensorsFile;
 using testing::Folder;
 using testing::golden;
 
-constexpr const char* kCases[] = {"gpt2",  "gpt2_lora",  "llama",
-                                  "qwen2", "qwen2_lora", "qwen2_lora_extras"};
+constexpr const char* kCases[] = {"gpt2",       "gpt2_lora",         "llama", "qwen2",
+                                  "qwen2_lora", "qwen2_lora_extras", "clip",  "clip_vision"};
 
 TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
   for (const std::string name : kCases) {
