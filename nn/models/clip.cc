@@ -27,7 +27,6 @@
 namespace reprise::nn {
 namespace {
 
-constexpr std::int64_t kMostPixels = std::int64_t{1} << 14;  // of a side
 constexpr std::int64_t kMistakenEnd = 2;  // eos_token_id of files from before the key was read
 
 ClipTowerConfig read_tower(JsonReader& json, const ClipTowerConfig& defaults) {
@@ -92,12 +91,12 @@ bool is_position_buffer(std::string_view key) {
 
 }  // namespace
 
-ClipVisionConfig read_clip_vision_config(JsonReader json) {
+ClipVisionConfig read_clip_vision_config(JsonReader json, const ClipVisionConfig& defaults) {
   ClipVisionConfig config;
-  config.tower = read_tower(json, config.tower);
-  config.channels = json.integer_between(1, kMostWidth, "num_channels", 3);
-  config.image = json.integer_between(1, kMostPixels, "image_size", 224);
-  config.patch = json.integer_between(1, kMostPixels, "patch_size", 32);
+  config.tower = read_tower(json, defaults.tower);
+  config.channels = json.integer_between(1, kMostWidth, "num_channels", defaults.channels);
+  config.image = json.integer_between(1, kMostImageSide, "image_size", defaults.image);
+  config.patch = json.integer_between(1, kMostImageSide, "patch_size", defaults.patch);
   if (json.status().ok() && config.image % config.patch != 0) {
     json.refuse("image_size", fmt::format("must be a multiple of patch_size = {}, got {}",
                                           config.patch, config.image));
@@ -199,8 +198,10 @@ ClipEncoder::ClipEncoder(const ClipTowerConfig& config, Place place) {
 
 Variable ClipEncoder::operator()(std::string_view name, std::size_t count, Variable x,
                                  const AttentionSpec& visible) const {
-  return run_blocks(name, count, std::move(x),
-                    [&](std::size_t i, Variable in) { return layers[i](std::move(in), visible); });
+  const RunBlock run = [&](std::size_t i, Variable in) {
+    return layers[i](std::move(in), visible);
+  };
+  return run_blocks(name, count, std::move(x), run);
 }
 
 ClipVisionEmbeddings::ClipVisionEmbeddings(const ClipVisionConfig& config, Place place)

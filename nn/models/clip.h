@@ -56,7 +56,7 @@ struct ClipConfig {
 };
 
 // Problems are noted in `json`.
-ClipVisionConfig read_clip_vision_config(JsonReader json);
+ClipVisionConfig read_clip_vision_config(JsonReader json, const ClipVisionConfig& defaults = {});
 ClipTextConfig read_clip_text_config(JsonReader json);
 // Both from one file. Where older files have vision_config_dict or text_config_dict, that counts
 // and the class defaults for what it lacks: nothing of vision_config or text_config does.
