@@ -140,6 +140,8 @@ nlohmann::json run(const Options& options) {
           {"peak_resident_mib", static_cast<double>(train::peak_resident_bytes()) / (1 << 20)},
           {"resident_before_mib", static_cast<double>(resident_before) / (1 << 20)},
           {"replayed_records", tape.replayed_records},
+          {"flops", tape.forward_flops + tape.backward_flops},
+          {"replay_flops", tape.replay_flops},
           {"losses", losses}};
 }
 

@@ -40,7 +40,7 @@ ReplaceFile::ReplaceFile(std::string path) : path_(std::move(path)) {
     file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   }
   if (file_ < 0) {
-    fail_with(temporary_);
+    fail_with(path_);
   } else if (mode_ && ::fchmod(file_, *mode_) != 0) {
     fail_with(temporary_);
   }

@@ -96,6 +96,7 @@ TEST(ReplaceFile, WithoutACommitTheTargetStaysAndNothingIsLeft) {
   EXPECT_EQ(entries(folder), 1u);
   const absl::Status status = replace_file(folder.at("none/a"), "x");
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(status.message(), folder.at("none/a") + ": No such file or directory");
 }
 
 TEST(ReplaceFile, AKilledWriterLeavesNothing) {

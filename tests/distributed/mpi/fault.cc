@@ -245,6 +245,13 @@ TEST(Supervise, HandsOnTheExitCode) {
   EXPECT_TRUE(ended.left.empty());
 }
 
+TEST(Supervise, SaysThatARankWasKilledAndNoMore) {
+  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "kill", "1"});
+  EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
+  EXPECT_EQ(count(ended.text, "reprise: a rank was ended by signal 9 (Killed)\n"), 1) << ended.text;
+  EXPECT_EQ(count(ended.text, "------"), 0) << ended.text;
+}
+
 TEST(Supervise, SignalsEndEverything) {
   for (const int signal : {SIGINT, SIGTERM}) {
     for (const char* fault : {"silent", "stop"}) {

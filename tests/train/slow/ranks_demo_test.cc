@@ -61,6 +61,7 @@ TEST(RanksDemo, ALossThatIsNotFiniteEndsEveryRank) {
                               "[embedding]"),
             std::string::npos)
       << outcome.text;
+  EXPECT_EQ(count(outcome.text, "------"), 0) << outcome.text;  // no banner of the launcher
 }
 
 }  // namespace
