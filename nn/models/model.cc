@@ -19,8 +19,7 @@ namespace {
 
 using Build = std::unique_ptr<Model> (*)(JsonReader&, Place);
 
-struct Kind {
-  std::string_view type, architecture;
+struct Kind : ModelKind {
   Build build;
   // Reads text_config and the other objects beside it itself.
   bool whole = false;
@@ -74,19 +73,19 @@ std::unique_ptr<Model> build_xcomposer2(JsonReader& json, Place place) {
 }
 
 constexpr Kind kKinds[] = {
-    {"gpt2", "GPT2LMHeadModel", build_gpt2},
-    {"llama", "LlamaForCausalLM", build_llama},
-    {"internlm2", "InternLM2ForCausalLM", build_internlm2},
-    {"qwen", "QWenLMHeadModel", build_qwen},
-    {"qwen2", "Qwen2ForCausalLM", build_qwen2},
-    {"qwen3", "Qwen3ForCausalLM", build_qwen3},
-    {"glm", "GlmForCausalLM", build_glm},
-    {"glm4", "Glm4ForCausalLM", build_glm4},
-    {"chatglm", "ChatGLMModel", build_chatglm},
-    {"qwen2_vl", "Qwen2VLForConditionalGeneration", build_qwen2_vl, /*whole=*/true},
-    {"clip", "CLIPModel", build_clip, /*whole=*/true},
-    {"clip_vision_model", "CLIPVisionModel", build_clip_vision, /*whole=*/true},
-    {"internlmxcomposer2", "InternLMXComposer2ForCausalLM", build_xcomposer2, /*whole=*/true},
+    {{"gpt2", "GPT2LMHeadModel"}, build_gpt2},
+    {{"llama", "LlamaForCausalLM"}, build_llama},
+    {{"internlm2", "InternLM2ForCausalLM"}, build_internlm2},
+    {{"qwen", "QWenLMHeadModel"}, build_qwen},
+    {{"qwen2", "Qwen2ForCausalLM"}, build_qwen2},
+    {{"qwen3", "Qwen3ForCausalLM"}, build_qwen3},
+    {{"glm", "GlmForCausalLM"}, build_glm},
+    {{"glm4", "Glm4ForCausalLM"}, build_glm4},
+    {{"chatglm", "ChatGLMModel"}, build_chatglm},
+    {{"qwen2_vl", "Qwen2VLForConditionalGeneration"}, build_qwen2_vl, /*whole=*/true},
+    {{"clip", "CLIPModel"}, build_clip, /*whole=*/true},
+    {{"clip_vision_model", "CLIPVisionModel"}, build_clip_vision, /*whole=*/true},
+    {{"internlmxcomposer2", "InternLMXComposer2ForCausalLM"}, build_xcomposer2, /*whole=*/true},
 };
 
 // The class that the publisher's own code is loaded as: "InternLM2ForCausalLM" in
@@ -154,6 +153,10 @@ std::vector<FileKey> Model::file_keys(const std::string& path) const {
     return {{path}};
   }
   return {{path}, {path.substr(prefix.size())}};
+}
+
+std::vector<ModelKind> model_kinds() {
+  return {std::begin(kKinds), std::end(kKinds)};
 }
 
 std::vector<std::string> supported_models() {

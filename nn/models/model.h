@@ -97,7 +97,13 @@ class Model : public Module {
 // A model by the model_type (or architectures) of a config.json, uninitialised. Errors name the
 // file, the key, what was expected and what was there.
 absl::StatusOr<std::unique_ptr<Model>> build_model(JsonReader& config, Place place);
-// "gpt2", "llama", "qwen2".
+// What a config.json calls a model: "llama" and "LlamaForCausalLM".
+struct ModelKind {
+  std::string_view type, architecture;
+};
+// All that are built; docs/models.md lists them.
+std::vector<ModelKind> model_kinds();
+// Their types: "gpt2", "llama", "qwen2".
 std::vector<std::string> supported_models();
 
 }  // namespace reprise::nn

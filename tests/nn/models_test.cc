@@ -407,7 +407,7 @@ TEST(Models, Mistakes) {
 }
 
 TEST(Models, ABatchOfNoRowsMayHaveAnyLength) {
-  for (const std::string& text : {kLlama, kGpt2}) {
+  for (const std::string& text : {kLlama, kGpt2, kInternLm2, kQwen}) {
     const auto model = build(text);
     Batch batch;
     batch.ids = Tensor::empty(Shape{0, std::int64_t{1} << 40}, DType::i64);
