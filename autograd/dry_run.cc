@@ -3,12 +3,17 @@
 namespace reprise {
 
 StepReport measure_step(const std::function<Variable()>& forward, const Policies& policies,
-                        Device device, const BackwardOptions& options) {
+                        Device device, const BackwardOptions& options,
+                        const std::function<void(const Tape&)>& before_backward) {
   Allocator& memory = allocator(device);
   memory.reset_peak();
   Tape tape;
   Tape::Scope scope(tape, policies);
-  backward(forward(), options);
+  const Variable loss = forward();
+  if (before_backward) {
+    before_backward(tape);
+  }
+  backward(loss, options);
   const MemoryReport used = memory.report();
   StepReport report;
   report.peak_bytes = used.peak_bytes;
@@ -22,8 +27,9 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
   return report;
 }
 
-StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies) {
-  return measure_step(forward, policies, meta);
+StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies,
+                   const std::function<void(const Tape&)>& before_backward) {
+  return measure_step(forward, policies, meta, {}, before_backward);
 }
 
 }  // namespace reprise

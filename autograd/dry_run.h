@@ -24,11 +24,14 @@ struct StepReport {
 // Runs forward() under the policies on a tape of its own, then backward over what it returned, and
 // reports what the allocator of `device` saw. On meta this is a dry run; on another device the
 // same call measures a step. The model's tensors must be on `device`. Gradients are left as the
-// sweep leaves them.
+// sweep leaves them. `before_backward` is given the tape as forward left it, the loss still held:
+// for explain().
 StepReport measure_step(const std::function<Variable()>& forward, const Policies& policies,
-                        Device device, const BackwardOptions& options = {});
+                        Device device, const BackwardOptions& options = {},
+                        const std::function<void(const Tape&)>& before_backward = {});
 
 // measure_step on meta.
-StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies);
+StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies,
+                   const std::function<void(const Tape&)>& before_backward = {});
 
 }  // namespace reprise

@@ -59,6 +59,7 @@ class Mul final : public Op {  // x, r -> x r
       kernels::mul(run.gradient(0), run.input(0), dr, accumulate);
     }
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {call.output(0).numel(), 3 * call.output(0).bytes()};
   }
@@ -77,6 +78,7 @@ class Scale final : public Op {  // x -> factor x
     const auto [dx, accumulate] = run.into(0, /*reuse=*/0);
     kernels::scale(run.gradient(0), factor_, dx, accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {call.output(0).numel(), 2 * call.output(0).bytes()};
   }
@@ -103,6 +105,7 @@ class AddBias final : public Op {  // x, bias -> x + bias
       run.give(0, run.gradient(0));
     }
   }
+  Mask weights() const override { return 0b10; }
   Cost cost(const Call& call) const override {
     return {call.output(0).numel(), 2 * call.output(0).bytes()};
   }
@@ -128,6 +131,7 @@ class Cast final : public Op {  // x -> x in another dtype
       kernels::cast(run.gradient(0), dx);
     }
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {0, call.input(0).bytes() + call.output(0).bytes()};
   }
@@ -150,6 +154,7 @@ class Activate final : public Op {  // x -> f(x)
     const auto [dx, accumulate] = run.into(0, /*reuse=*/0);
     kernels::activation_backward(f_, run.input(0), run.gradient(0), dx, accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {20 * call.output(0).numel(), 2 * call.output(0).bytes()};
   }
@@ -177,6 +182,7 @@ class GatedSilu final : public Op {  // gate, up -> silu(gate) up
     kernels::gated_silu_backward(run.input(0), run.input(1), run.gradient(0), dgate.tensor,
                                  dgate.accumulate, dup.tensor, dup.accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {21 * call.output(0).numel(), 3 * call.output(0).bytes()};
   }
@@ -207,6 +213,7 @@ class FusedGatedSilu final : public Op {  // [gate up] -> silu(gate) up
     const auto [dgate, dup] = halves(dx);
     kernels::gated_silu_backward(gate, up, run.gradient(0), dgate, accumulate, dup, accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {21 * call.output(0).numel(), 3 * call.output(0).bytes()};
   }

@@ -33,6 +33,7 @@ class Embedding final : public Op {  // ids, table -> y
     const auto [dtable, accumulate] = run.into(1);
     kernels::embedding_gradient(run.input(0), run.gradient(0), padding_, dtable, accumulate);
   }
+  Mask weights() const override { return 0b10; }
   Cost cost(const Call& call) const override { return {0, 2 * call.output(0).bytes()}; }
   Cost backward_cost(const Call& call, Mask) const override {
     return {call.output(0).numel(), call.output(0).bytes() + call.input(1).bytes()};

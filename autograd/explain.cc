@@ -2,6 +2,8 @@
 #include <map>
 #include <vector>
 
+#include <fmt/ranges.h>
+
 #include "autograd/closure.h"
 #include "autograd/tape.h"
 #include "autograd/tape_state.h"
@@ -32,22 +34,11 @@ int depth_of(const TapeState& tape, const Segment& segment) {
 
 // What a replay of the segment executes when nothing of its inside is pinned by a handle.
 ReplayCost replay_cost(TapeState& tape, std::int32_t id) {
-  const Segment& segment = tape.segments()[static_cast<std::size_t>(id)];
-  const std::uint32_t candidate = tape.next_epoch();
-  for (Value* v : segment.keep) {
-    v->candidate = candidate;
+  Closure closure(tape, id);
+  for (Value* v : tape.segments()[static_cast<std::size_t>(id)].keep) {
+    closure.at_hand(v);
   }
-  Closure closure(tape, id, candidate);
-  for (std::int32_t r = segment.first; r < segment.last; ++r) {
-    const Record& record = tape.records()[static_cast<std::size_t>(r)];
-    if (record.segment == id) {
-      tape.each_saved(record, [&](Value* v) { closure.ask(v); });
-    }
-  }
-  for (std::int32_t c : segment.children) {
-    closure.ask(tape.segments()[static_cast<std::size_t>(c)].hold);
-    closure.ask(tape.segments()[static_cast<std::size_t>(c)].keep);
-  }
+  each_wanted(tape, id, [&](Value* v) { closure.ask(v); });
   ReplayCost cost;
   std::vector<Tensor> layouts;
   closure.run([&](std::int32_t r) {
@@ -75,17 +66,18 @@ std::string explain_segments(TapeState& tape) {
 
 std::string explain_parameters(const TapeState& tape) {
   struct Reads {
-    std::map<std::string, int> by_reader;
-    std::size_t order = 0;
+    const Value* leaf;
+    std::size_t order;
+    std::map<std::string, int> by_reader = {};
   };
-  std::map<const Parameter*, Reads> reads;
+  std::map<const ParameterLife*, Reads> reads;
   for (const Record& record : tape.records()) {
     for (const Value* input : tape.inputs(record)) {
       if (input == nullptr || !input->root->is_parameter()) {
         continue;
       }
-      Reads& entry =
-          reads.try_emplace(input->root->parameter, Reads{{}, reads.size()}).first->second;
+      const Value* leaf = input->root;
+      Reads& entry = reads.try_emplace(leaf->life.get(), Reads{leaf, reads.size()}).first->second;
       const std::string where =
           record.segment < 0
               ? ""
@@ -93,39 +85,36 @@ std::string explain_parameters(const TapeState& tape) {
       ++entry.by_reader[std::string(record.op->name()) + where];
     }
   }
-  std::vector<std::pair<const Parameter*, const Reads*>> ordered;
-  for (const auto& [parameter, entry] : reads) {
-    ordered.emplace_back(parameter, &entry);
+  std::vector<const Reads*> ordered;
+  for (const auto& [life, entry] : reads) {
+    ordered.push_back(&entry);
   }
-  std::ranges::sort(ordered, {}, [](const auto& item) { return item.second->order; });
+  std::ranges::sort(ordered, {}, &Reads::order);
   std::string text = fmt::format("{:<40} {:>6}  read by\n", "parameter", "reads");
-  for (const auto& [parameter, entry] : ordered) {
+  for (const Reads* entry : ordered) {
     int total = 0;
     std::string readers;
     for (const auto& [reader, count] : entry->by_reader) {
       total += count;
       readers += fmt::format("{}{} x{}", readers.empty() ? "" : ", ", reader, count);
     }
-    text += fmt::format("{:<40} {:>6}  {}{}\n", parameter->name(), total, readers,
-                        parameter->trainable() ? "" : " (frozen)");
+    const Value& leaf = *entry->leaf;
+    text += fmt::format("{:<40} {:>6}  {}{}\n",
+                        leaf.outlived() ? leaf.life->name : leaf.parameter->name(), total, readers,
+                        leaf.needs_gradient ? "" : " (frozen)");
   }
   return text;
 }
 
-// Values that only the user's handles keep: policy cannot drop them.
 std::string explain_pinned(const TapeState& tape) {
   std::string text;
-  std::int64_t total = 0;
-  for (const Value* v : tape.values()) {
-    if (v->is_view() || v->handles == 0 || v->need > 0 || v->producer < 0) {
-      continue;
-    }
+  tape.each_pinned([&](const Value* v) {
     const auto& op = *tape.records()[static_cast<std::size_t>(v->producer)].op;
-    total += v->tensor.bytes();
-    text += fmt::format("  {} ({}) {} bytes\n", v->name ? *v->name : std::string("unnamed"),
+    text += fmt::format("  {} ({}) {} bytes\n",
+                        v->names ? fmt::format("{}", fmt::join(*v->names, ", ")) : "unnamed",
                         op.name(), v->tensor.bytes());
-  }
-  return fmt::format("pinned by handles: {} bytes\n{}", total, text);
+  });
+  return fmt::format("pinned by handles: {} bytes\n{}", tape.pinned_bytes(), text);
 }
 
 }  // namespace

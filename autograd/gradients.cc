@@ -30,7 +30,7 @@ ParameterGradients::~ParameterGradients() {
     if (!state.had_gradient) {
       Parameter::Sweep::set_absent(*p);
     } else if (state.undo.defined()) {
-      Parameter::Sweep::present(*p).copy_from(state.undo);
+      Parameter::Sweep::restore(*p, std::move(state.undo));
     }
     if (!options_.undo) {
       Parameter::Sweep::set_stale(*p);
@@ -113,6 +113,7 @@ void ParameterGradients::fire(Parameter& p) {
   ensure(fired_ < plan_.order.size() && plan_.order[fired_].parameter == &p,
          "parameter {} became ready out of the announced order, at place {}", p.name(), fired_);
   ++fired_;
+  Parameter::Sweep::ready(p);
   if (options_.on_ready) {
     options_.on_ready(p);
   }

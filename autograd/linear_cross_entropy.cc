@@ -45,6 +45,7 @@ class LinearCrossEntropy final : public Op {
     }
   }
 
+  Mask weights() const override { return 0b10; }
   // One product for the logits, one for each gradient that is formed.
   Cost cost(const Call& call) const override {
     const Tensor &x = call.input(0), &w = call.input(1);

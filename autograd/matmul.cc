@@ -71,6 +71,7 @@ class Linear final : public Op {
     }
   }
 
+  Mask weights() const override { return 0b110; }
   Cost cost(const Call& call) const override { return product_cost(call, inner(call), 1); }
   Cost backward_cost(const Call& call, Mask gradients) const override {
     return gradient_cost(call, inner(call), gradients);

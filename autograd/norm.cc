@@ -83,6 +83,7 @@ class RmsNorm final : public Op {  // x, weight -> y, scale
     kernels::rms_norm_backward(run.gradient(0), {}, run.input(0), run.input(1), run.output(1),
                                {target(run, 0), target(run, 1), {}});
   }
+  Mask weights() const override { return 0b10; }
   Cost cost(const Call& call) const override {
     return {4 * call.input(0).numel(), 2 * call.input(0).bytes()};
   }
@@ -112,6 +113,7 @@ class RmsNormResidual final : public Op {  // x, residual, weight -> y, sum, sca
                                run.output(2), to);
     give_to_both(run, to.dx.tensor);
   }
+  Mask weights() const override { return 0b100; }
   Cost cost(const Call& call) const override {
     return {5 * call.input(0).numel(), 4 * call.input(0).bytes()};
   }
@@ -142,6 +144,7 @@ class LayerNorm final : public Op {  // x, weight, bias -> y, mean, scale
     kernels::layer_norm_backward(run.gradient(0), {}, run.input(0), run.input(1), run.output(1),
                                  run.output(2), {target(run, 0), target(run, 1), target(run, 2)});
   }
+  Mask weights() const override { return 0b110; }
   Cost cost(const Call& call) const override {
     return {7 * call.input(0).numel(), 2 * call.input(0).bytes()};
   }
@@ -176,6 +179,7 @@ class LayerNormResidual final : public Op {  // x, residual, weight, bias -> y, 
                                  run.output(2), run.output(3), to);
     give_to_both(run, to.dx.tensor);
   }
+  Mask weights() const override { return 0b1100; }
   Cost cost(const Call& call) const override {
     return {8 * call.input(0).numel(), 4 * call.input(0).bytes()};
   }

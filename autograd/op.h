@@ -122,9 +122,11 @@ class Backward {
   bool wants(std::size_t i) const { return (wanted_ >> i & 1u) != 0; }
 
   // For each wanted input exactly one of the two:
-  // Memory for the gradient of input i, of its shape and dtype (a parameter: its grad_dtype,
-  // which may be f32 for a bf16 parameter). With `reuse` it may be the buffer of the gradient of
-  // that output, when nobody else has it.
+  // Memory for the gradient of input i, of its shape and dtype (of an input in Op::weights() that
+  // is a parameter: its grad_dtype, which may be f32 for a bf16 parameter). With `reuse` it may be
+  // the buffer of the gradient of that output, when nobody else has it. What accumulates may be a
+  // parameter's gradient itself: an op that writes such memory in several steps asks for all that
+  // can fail (other targets, workspace) before the first.
   virtual Target into(std::size_t i, int reuse = -1) = 0;
   // A buffer handed over without a copy: one the op made or saved, or a gradient passed on.
   virtual void give(std::size_t i, Tensor gradient) = 0;
@@ -150,6 +152,9 @@ class Op {
   virtual Cost backward_cost(const Call& call, Mask gradients) const;
   // Inputs that never have a gradient (indices, masks): bit i set means differentiable.
   virtual Mask differentiable() const { return ~Mask{0}; }
+  // Inputs whose gradient backward can write in f32 also when the input is bf16. Gradients of the
+  // others are made in the input's dtype, and converted by the tape.
+  virtual Mask weights() const { return 0; }
   // True when a replay could give something else (data-dependent indices): the outputs are kept
   // under every policy.
   virtual bool must_keep() const { return false; }

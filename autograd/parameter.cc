@@ -11,12 +11,26 @@ Parameter::Parameter(std::string name, Tensor value, bool trainable)
   value_.reclassify(MemoryKind::parameters);
 }
 
+Parameter::~Parameter() {
+  life_->ended = true;
+  life_->name = std::move(name_);
+}
+
 Tensor Parameter::write() {
   ++version_;
   return value_;
 }
 
+void Parameter::expect_ready(const char* caller) const {
+  if (gradient_pending_) {
+    fail(caller, "a sweep still adds to the gradient of {}: wait for on_ready", name_);
+  }
+}
+
 void Parameter::bind_value(Tensor value) {
+  if (data_pending_) {
+    fail("bind_value", "a sweep may still read {}: wait for on_last_read", name_);
+  }
   if (value_.defined() && (value.shape() != value_.shape() || value.dtype() != value_.dtype())) {
     fail("bind_value", "{} must be {} {}, got {} {}", name_, reprise::name(value_.dtype()),
          to_string(value_.shape()), reprise::name(value.dtype()), to_string(value.shape()));
@@ -40,6 +54,7 @@ Tensor Parameter::write_gradient() {
 }
 
 void Parameter::zero_gradient() {
+  expect_ready("zero_gradient");
   has_gradient_ = false;
   stale_ = false;
   if (!bound_) {
@@ -48,6 +63,7 @@ void Parameter::zero_gradient() {
 }
 
 void Parameter::set_grad_dtype(DType dtype) {
+  expect_ready("set_grad_dtype");
   if (dtype != DType::f32 && dtype != value_.dtype()) {
     fail("set_grad_dtype", "gradient of {} must be f32 or {}, got {}", name_,
          reprise::name(value_.dtype()), reprise::name(dtype));
@@ -59,6 +75,7 @@ void Parameter::set_grad_dtype(DType dtype) {
 }
 
 void Parameter::bind_gradient(Tensor storage) {
+  expect_ready("bind_gradient");
   if (storage.shape() != value_.shape() || storage.dtype() != grad_dtype() ||
       !storage.is_contiguous()) {
     fail("bind_gradient", "storage for {} must be contiguous {} {}, got {} {}", name_,
@@ -73,11 +90,33 @@ void Parameter::bind_gradient(Tensor storage) {
 }
 
 void Parameter::set_gradient_present() {
+  expect_ready("set_gradient_present");
   if (!bound_ || stale_) {
     fail("set_gradient_present", "{} {}", name_,
          stale_ ? "is stale after a failed backward: zero it first" : "has no bound storage");
   }
   has_gradient_ = true;
+}
+
+bool Parameter::Sweep::begin(Parameter& p) {
+  if (std::exchange(p.sweeping_, true)) {
+    return false;
+  }
+  p.gradient_pending_ = p.data_pending_ = true;
+  return true;
+}
+
+void Parameter::Sweep::end(Parameter& p) {
+  p.sweeping_ = p.gradient_pending_ = p.data_pending_ = false;
+}
+
+void Parameter::Sweep::restore(Parameter& p, Tensor gradient) {
+  if (p.gradient_.defined()) {
+    p.gradient_.copy_from(gradient);
+  } else {
+    p.gradient_ = std::move(gradient);  // a callback has zeroed it
+  }
+  p.has_gradient_ = true;
 }
 
 Tensor Parameter::Sweep::fresh(const Parameter& p) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -9,12 +10,19 @@
 
 namespace reprise {
 
+// What a tape that has read a parameter keeps of it: an address alone could be another one's later.
+struct ParameterLife {
+  bool ended = false;
+  std::string name;  // once ended
+};
+
 class Parameter {
  public:
   Parameter() = default;
   Parameter(std::string name, Tensor value, bool trainable = true);
   Parameter(const Parameter&) = delete;
   Parameter& operator=(const Parameter&) = delete;
+  ~Parameter();
 
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
@@ -27,7 +35,8 @@ class Parameter {
   Tensor write();
   std::uint64_t version() const { return version_; }
   // Another storage for the value, of the same shape and dtype (a slice of a bucket, a mapped
-  // file); counts as a write.
+  // file); counts as a write. Throws Error in a sweep that may still read the data, so not before
+  // on_last_read.
   void bind_value(Tensor value);
 
   bool trainable() const { return trainable_; }
@@ -40,7 +49,8 @@ class Parameter {
   // For the optimizer, clipping and reduction; the same errors.
   Tensor write_gradient();
   bool stale() const { return stale_; }
-  // Absent again; a bound storage stays bound. Ends staleness.
+  // Absent again; a bound storage stays bound. Ends staleness. Like all that changes the gradient
+  // from outside it throws Error in a sweep that has yet to make the gradient ready.
   void zero_gradient();
   // f32 or the parameter's dtype; default the parameter's dtype. Only while absent.
   DType grad_dtype() const { return grad_dtype_.value_or(value_.dtype()); }
@@ -51,12 +61,17 @@ class Parameter {
   // Throws Error when none is bound, or the gradient is stale.
   void set_gradient_present();
 
+  const std::shared_ptr<ParameterLife>& life() const { return life_; }
+
   // For the sweep.
   struct Sweep;
   friend struct Sweep;
 
  private:
+  void expect_ready(const char* caller) const;
+
   std::string name_;
+  std::shared_ptr<ParameterLife> life_ = std::make_shared<ParameterLife>();
   Tensor value_;
   Tensor gradient_;  // bound or own storage; meaningful when has_gradient_
   std::optional<DType> grad_dtype_;
@@ -66,6 +81,8 @@ class Parameter {
   bool bound_ = false;
   bool stale_ = false;
   bool sweeping_ = false;
+  bool gradient_pending_ = false;  // in a sweep: not ready yet
+  bool data_pending_ = false;      // in a sweep: its last read was not announced yet
 };
 
 }  // namespace reprise

@@ -7,8 +7,12 @@
 namespace reprise {
 
 struct Parameter::Sweep {
-  static bool begin(Parameter& p) { return !std::exchange(p.sweeping_, true); }
-  static void end(Parameter& p) { p.sweeping_ = false; }
+  // False: another sweep has it.
+  static bool begin(Parameter& p);
+  static void end(Parameter& p);
+  // What is called before the callbacks: from here on the user may change it.
+  static void ready(Parameter& p) { p.gradient_pending_ = false; }
+  static void read_last(Parameter& p) { p.data_pending_ = false; }
   // Storage for a gradient that is absent: the bound one, or new.
   static Tensor fresh(const Parameter& p);
   static bool bound(const Parameter& p) { return p.bound_; }
@@ -16,6 +20,8 @@ struct Parameter::Sweep {
   // The gradient is now `gradient`, complete.
   static void set(Parameter& p, Tensor gradient);
   static void set_absent(Parameter& p);
+  // As it was before the sweep, whatever a callback has done to it meanwhile.
+  static void restore(Parameter& p, Tensor gradient);
   static void set_stale(Parameter& p) { p.stale_ = true; }
 };
 

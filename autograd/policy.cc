@@ -54,10 +54,16 @@ Policy keep_named(std::initializer_list<std::string_view> values) {
 }
 
 Policy operator|(Policy a, Policy b) {
+  if (!a || !b) {
+    fail("policy", "one side of | is empty");
+  }
   return [a = std::move(a), b = std::move(b)](const Candidate& c) { return std::max(a(c), b(c)); };
 }
 
 Policies& Policies::set(std::string pattern, Policy policy) {
+  if (!policy) {
+    fail("policy", "the policy for segments \"{}\" is empty", pattern);
+  }
   rules_.emplace_back(std::move(pattern), std::move(policy));
   return *this;
 }

@@ -43,6 +43,7 @@ Policy operator|(Policy a, Policy b);
 class Policies {
  public:
   // `pattern` may hold '*' (any run of characters). The first match wins; none: keep_inputs().
+  // Throws Error on an empty policy, as `|` does.
   Policies& set(std::string pattern, Policy policy);
   // Stacks of blocks open segments nested by halves instead of one a block.
   Policies& nest(bool on = true);

@@ -3,60 +3,35 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/allocator.h"
+#include "autograd/run_forward.h"
 
 namespace reprise {
 namespace {
 
 // An op running again. An input's buffer is given to an output when this is its last read.
-class ReplayForward final : public Forward {
+class ReplayForward final : public RunForward {
  public:
   ReplayForward(std::span<const Tensor> inputs, std::span<Value* const> values,
                 const Record& record)
-      : values_(values), outputs_(record.output_count) {
-    inputs_ = inputs;
-    gradients_ = record.gradients;
-    for (const Tensor& input : inputs) {
-      if (input.defined()) {
-        device_ = input.device();
-        break;
-      }
-    }
-  }
-  Tensor output(std::size_t k, const Shape& shape, DType dtype, int reuse) override {
-    if (reuse >= 0 && reusable(*values_[static_cast<std::size_t>(reuse)], shape, dtype)) {
-      Tensor& taken = values_[static_cast<std::size_t>(reuse)]->tensor;
-      outputs_[k] = taken.as_view(shape, contiguous_strides(shape), taken.offset());
-      taken.drop_storage();
-    } else {
-      outputs_[k] = Tensor::empty(shape, dtype, device_);
-    }
-    return outputs_[k];
-  }
-  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
-  std::vector<Tensor>& outputs() { return outputs_; }
+      : RunForward(inputs, record.output_count, record.gradients), values_(values) {}
 
  private:
-  static bool reusable(const Value& v, const Shape& shape, DType dtype) {
-    return !v.is_view() && v.producer >= 0 && v.pend == 1 && v.need == 0 && v.handles == 0 &&
-           v.tensor.dtype() == dtype && v.tensor.numel() == shape.numel() &&
-           v.tensor.is_contiguous() && v.tensor.storage_references() == 2 &&
-           v.tensor.storage_bytes() == v.tensor.bytes();
+  Value* last_use(std::size_t i) const override {
+    Value* v = values_[i];
+    return v != nullptr && v->pend == 1 && v->need == 0 && v->handles == 0 ? v : nullptr;
   }
 
   std::span<Value* const> values_;
-  std::vector<Tensor> outputs_;
 };
 
 }  // namespace
 
 void Replay::enter(std::int32_t id) {
   const Segment& segment = tape_.segments()[static_cast<std::size_t>(id)];
-  const std::string label = allocator(cpu).set_segment(segment.name);
-  allocator(meta).set_segment(segment.name);
+  const SegmentLabel label(segment.name);
   const std::uint32_t epoch = tape_.next_epoch();
   auto ask = [&](Value* v) { v->root->asked = epoch; };
-  each_wanted(tape_, plan_, id, [&](Value* v) {
+  plan_.each_wanted(id, [&](Value* v) {
     add_need(v);
     ask(v);
   });
@@ -87,7 +62,7 @@ void Replay::enter(std::int32_t id) {
       inputs.push_back(v != nullptr ? v->read() : Tensor());
     }
     ReplayForward forward(inputs, values, record);
-    record.op->forward(forward);
+    forward.run(*record.op);
     inputs.clear();
     const auto outputs = tape_.outputs(record);
     for (std::size_t k = 0; k < outputs.size(); ++k) {
@@ -116,8 +91,6 @@ void Replay::enter(std::int32_t id) {
   for (Value* v : plan_.keep[static_cast<std::size_t>(id)]) {
     drop_need(v);
   }
-  allocator(cpu).set_segment(label);
-  allocator(meta).set_segment(label);
 }
 
 }  // namespace reprise

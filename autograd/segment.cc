@@ -6,12 +6,24 @@
 
 namespace reprise {
 
+// The strongest answer over the value's names.
 Keep TapeState::ask_policy(const Segment& segment, const Value* value) const {
+  if (value->names == nullptr) {
+    return ask_policy(segment, value, "");
+  }
+  Keep keep = Keep::Drop;
+  for (const std::string& name : *value->names) {
+    keep = std::max(keep, ask_policy(segment, value, name));
+  }
+  return keep;
+}
+
+Keep TapeState::ask_policy(const Segment& segment, const Value* value,
+                           std::string_view name) const {
   const Record& r = records_[static_cast<std::size_t>(value->producer)];
   std::vector<Tensor> layouts;
   const Call layout = call(r, layouts);
-  Candidate candidate{r.op->name(), value->name ? std::string_view(*value->name) : "",
-                      value->producer - segment.first, r.op->cost(layout), 0};
+  Candidate candidate{r.op->name(), name, value->producer - segment.first, r.op->cost(layout), 0};
   for (Value* output : outputs(r)) {
     candidate.bytes += output->tensor.bytes();
   }
@@ -46,14 +58,18 @@ void TapeState::keep_by_policy(const Record& r) {
 }
 
 void TapeState::name_value(Value* value, std::string_view name) {
-  value->name = std::make_unique<std::string>(name);
-  if (open_ < 0 || value->tape != this || value->is_view() ||
+  value = value->root;
+  if (value->names == nullptr) {
+    value->names = std::make_unique<std::vector<std::string>>();
+  }
+  value->names->emplace_back(name);
+  if (open_ < 0 || value->tape != this ||
       outside(value, segments_[static_cast<std::size_t>(open_)])) {
     return;
   }
   // The record was asked about before the name was known.
   Segment& segment = segments_[static_cast<std::size_t>(open_)];
-  if (ask_policy(segment, value) == Keep::Output) {
+  if (ask_policy(segment, value, name) == Keep::Output) {
     segment.kept.push_back(value);
     add_need(value);
   }
@@ -61,9 +77,9 @@ void TapeState::name_value(Value* value, std::string_view name) {
 
 void TapeState::fold(std::int32_t id) {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
-  const std::uint32_t candidate = next_epoch();
+  Closure closure(*this, id);
   for (Value* v : segment.kept) {
-    v->candidate = candidate;
+    closure.at_hand(v);
   }
   const auto keep_from_child = [&](Value* v) {
     if (outside(v, segment)) {
@@ -71,25 +87,13 @@ void TapeState::fold(std::int32_t id) {
     }
     const bool must = records_[static_cast<std::size_t>(v->producer)].op->must_keep();
     if (must || ask_policy(segment, v) != Keep::Drop) {
-      v->candidate = candidate;
+      closure.at_hand(v);
     }
   };
   for (std::int32_t c : segment.children) {
-    const Segment& child = segments_[static_cast<std::size_t>(c)];
-    std::ranges::for_each(child.hold, keep_from_child);
-    std::ranges::for_each(child.keep, keep_from_child);
+    each_held(c, keep_from_child);
   }
-  Closure closure(*this, id, candidate);
-  for (std::int32_t r = segment.first; r < segment.last; ++r) {
-    const Record& record = records_[static_cast<std::size_t>(r)];
-    if (record.segment == id) {
-      each_saved(record, [&](Value* v) { closure.ask(v); });
-    }
-  }
-  for (std::int32_t c : segment.children) {
-    closure.ask(segments_[static_cast<std::size_t>(c)].hold);
-    closure.ask(segments_[static_cast<std::size_t>(c)].keep);
-  }
+  each_wanted(*this, id, [&](Value* v) { closure.ask(v); });
   closure.run([](std::int32_t) {});
   segment.hold = closure.hold();
   segment.keep = closure.keep();
@@ -105,14 +109,19 @@ void TapeState::fold(std::int32_t id) {
       }
     }
   }
+  end_open_holds(segment);
+}
+
+// What an open segment held by itself and through its children, its own hold and keep now hold, or
+// nobody.
+void TapeState::end_open_holds(Segment& segment) {
   for (Value* v : segment.ext) {
     drop_need(v);
     release(v);
   }
   std::ranges::for_each(segment.kept, drop_need);
   for (std::int32_t c : segment.children) {
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
+    each_held(c, drop_need);
   }
   segment.ext = {};
   segment.kept = {};
@@ -122,15 +131,7 @@ void TapeState::fold(std::int32_t id) {
 // becomes constants, the rest is forgotten.
 void TapeState::truncate(std::int32_t id) {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
-  for (Value* v : segment.ext) {
-    drop_need(v);
-    release(v);
-  }
-  std::ranges::for_each(segment.kept, drop_need);
-  for (std::int32_t c : segment.children) {
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].hold, drop_need);
-    std::ranges::for_each(segments_[static_cast<std::size_t>(c)].keep, drop_need);
-  }
+  end_open_holds(segment);
   const auto first = static_cast<std::size_t>(segment.first);
   if (first < records_.size()) {
     const std::size_t first_edge = records_[first].first_input;

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "autograd/gradients.h"
+#include "autograd/parameter_sweep.h"
 #include "autograd/replay.h"
 #include "autograd/sweep_plan.h"
 #include "autograd/tape_state.h"
@@ -49,7 +50,9 @@ class SweepBackward final : public Backward {
     Value& value = *tape_.inputs(record_)[i];
     Target target;
     if (claimed_before(i)) {
-      target = {fresh(value), false};
+      target = {fresh(i), false};
+    } else if (value.is_parameter() && dtype_of_gradient(i) != value.parameter->grad_dtype()) {
+      target = {fresh(i), false};
     } else if (value.is_parameter()) {
       target = parameters_.target(*value.parameter);
       result.direct = true;
@@ -65,7 +68,7 @@ class SweepBackward final : public Backward {
                               taken.offset()),
                 false};
     } else {
-      target = {fresh(value), false};
+      target = {fresh(i), false};
     }
     result.tensor = target.tensor;
     return target;
@@ -133,11 +136,16 @@ class SweepBackward final : public Backward {
     }
     return false;
   }
-  static Tensor fresh(const Value& value) {
-    const bool parameter = value.is_parameter();
-    return Tensor::empty(value.tensor.shape(),
-                         parameter ? value.parameter->grad_dtype() : value.tensor.dtype(),
-                         value.tensor.device(), MemoryKind::activations);
+  // In which the op can write it.
+  DType dtype_of_gradient(std::size_t i) const {
+    const Value& value = *tape_.inputs(record_)[i];
+    const bool weight = value.is_parameter() && (record_.op->weights() >> i & 1u) != 0;
+    return weight ? value.parameter->grad_dtype() : value.tensor.dtype();
+  }
+  Tensor fresh(std::size_t i) const {
+    const Tensor& layout = tape_.inputs(record_)[i]->tensor;
+    return Tensor::empty(layout.shape(), dtype_of_gradient(i), layout.device(),
+                         MemoryKind::activations);
   }
   bool reusable(std::size_t k, const Value& value) const {
     const Tensor& g = gradient_tensors_[k];
@@ -181,8 +189,12 @@ class Sweep {
         replay_(tape, plan_) {}
 
   std::vector<Tensor> run() {
+    tape_.report.pinned_bytes = tape_.pinned_bytes();
     announce();
     ParameterGradients parameters(plan_, options_);
+    for (const Variable& loss : losses_) {
+      tape_.bind(loss.value());  // a leaf that no op has read: its gradient is let go with the rest
+    }
     auto& report = tape_.report;
     report.replay_flops = report.backward_flops = report.replayed_records = report.restored_bytes =
         0;
@@ -191,9 +203,7 @@ class Sweep {
       take_over_forward_needs();
       parameters.start();
       seed(parameters);
-      for (Parameter* p : plan_.never_read) {
-        options_.on_last_read(*p);
-      }
+      announce_last_reads(plan_.never_read);
       for (auto r = static_cast<std::int32_t>(tape_.records().size()) - 1; r >= 0; --r) {
         step(r, parameters);
       }
@@ -232,20 +242,9 @@ class Sweep {
     for (Value* v : tape_.values()) {
       needs_before_.push_back(v->need);
     }
-    each_wanted(tape_, plan_, -1, add_need);
-    if (options_.keep) {
-      return;
-    }
-    for (const Record& record : tape_.records()) {
-      if (record.segment < 0) {
-        tape_.each_saved(record, drop_need);
-      }
-    }
-    for (const Segment& segment : tape_.segments()) {
-      if (segment.parent < 0) {
-        std::ranges::for_each(segment.hold, drop_need);
-        std::ranges::for_each(segment.keep, drop_need);
-      }
+    plan_.each_wanted(-1, add_need);
+    if (!options_.keep) {
+      each_wanted(tape_, -1, drop_need);
     }
   }
 
@@ -284,9 +283,14 @@ class Sweep {
       tape_.each_saved(record, drop_need);
     }
     if (options_.on_last_read) {
-      for (Parameter* p : plan_.last_reads[static_cast<std::size_t>(r)]) {
-        options_.on_last_read(*p);
-      }
+      announce_last_reads(plan_.last_reads[static_cast<std::size_t>(r)]);
+    }
+  }
+
+  void announce_last_reads(const std::vector<Parameter*>& parameters) {
+    for (Parameter* p : parameters) {
+      Parameter::Sweep::read_last(*p);
+      options_.on_last_read(*p);
     }
   }
 

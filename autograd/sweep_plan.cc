@@ -4,14 +4,18 @@
 #include <tuple>
 #include <unordered_set>
 
-#include "autograd/closure.h"
-
 namespace reprise {
 namespace {
 
 // The parameter whose memory an input reads, directly or through views of it.
 Parameter* parameter_of(const Value* input) {
   return input == nullptr ? nullptr : input->root->parameter;
+}
+
+void expect_alive(const Value* leaf) {
+  if (leaf->outlived()) {
+    fail("backward", "parameter {} was destroyed between forward and backward", leaf->life->name);
+  }
 }
 
 }  // namespace
@@ -45,6 +49,11 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     fail("backward", "scale must have one factor a loss = {}, got {}", losses.size(),
          options.scale.size());
   }
+  for (std::size_t i = 0; i < options.parameters.size(); ++i) {
+    if (options.parameters[i] == nullptr) {
+      fail("backward", "parameter {} of the options is null", i);
+    }
+  }
   auto expect_on_tape = [&](const Variable& v, const char* what, std::size_t i) {
     if (!v.defined()) {
       fail("backward", "{} {} is absent", what, i);
@@ -56,6 +65,7 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     if (v.value()->tape != nullptr && v.value()->tape != &tape_) {
       fail("backward", "{} {} is on another tape", what, i);
     }
+    expect_alive(v.value());
   };
   for (std::size_t i = 0; i < losses.size(); ++i) {
     expect_on_tape(losses[i], "loss", i);
@@ -70,6 +80,10 @@ void SweepPlan::check(std::span<const Variable> losses, std::span<const Variable
     expect_on_tape(wrt[i], "value", i);
     if (!wrt[i].needs_gradient()) {
       fail("backward", "value {} does not need a gradient", i);
+    }
+    if (const Parameter* p = wrt[i].value()->parameter) {
+      fail("backward", "value {} is parameter {}: call backward() and read its gradient()", i,
+           p->name());
     }
   }
 }
@@ -100,6 +114,7 @@ void SweepPlan::find_live(std::span<const Variable> losses) {
       }
       inputs[i]->reached = reached;
       if (Parameter* p = inputs[i]->parameter) {
+        expect_alive(inputs[i]);
         Reader& reader = readers[p];
         if (reader.expected == 0 || reader.ready_at != r) {
           reader.slot = i;  // the highest: contributions come in the order of the inputs
@@ -127,23 +142,11 @@ void SweepPlan::restrict_segments() {
     if (has_live[s] == 0) {
       continue;
     }
-    const Segment& segment = segments[s];
-    const std::uint32_t candidate = tape_.next_epoch();
-    for (Value* v : segment.keep) {
-      v->candidate = candidate;
+    Closure closure(tape_, static_cast<std::int32_t>(s));
+    for (Value* v : segments[s].keep) {
+      closure.at_hand(v);
     }
-    Closure closure(tape_, static_cast<std::int32_t>(s), candidate);
-    for (std::int32_t r = segment.first; r < segment.last; ++r) {
-      const Record& record = tape_.records()[static_cast<std::size_t>(r)];
-      if (live[static_cast<std::size_t>(r)] != 0 &&
-          record.segment == static_cast<std::int32_t>(s)) {
-        tape_.each_saved(record, [&](Value* v) { closure.ask(v); });
-      }
-    }
-    for (std::int32_t c : segment.children) {
-      closure.ask(hold[static_cast<std::size_t>(c)]);
-      closure.ask(keep[static_cast<std::size_t>(c)]);
-    }
+    each_wanted(static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });
     closure.run([&](std::int32_t r) { may_run_[static_cast<std::size_t>(r)] = 1; });
     hold[s] = closure.hold();
     keep[s] = closure.keep();
@@ -162,6 +165,7 @@ void SweepPlan::find_last_reads() {
         continue;
       }
       const Value* leaf = inputs[i]->root;
+      expect_alive(leaf);
       if (leaf->version != p->version()) {
         const std::string where =
             record.segment < 0
@@ -179,7 +183,7 @@ void SweepPlan::find_last_reads() {
 }
 
 void SweepPlan::order(const BackwardOptions& options) {
-  std::vector<std::pair<Parameter*, Reader>> reached, unreached;
+  std::vector<std::pair<Parameter*, Reader>> reached;
   for (const auto& [p, reader] : readers) {
     if (reader.expected > 0) {
       reached.emplace_back(p, reader);
@@ -189,15 +193,20 @@ void SweepPlan::order(const BackwardOptions& options) {
     return std::tuple(-a.second.ready_at, a.second.slot) <
            std::tuple(-b.second.ready_at, b.second.slot);
   });
+  std::unordered_set<Parameter*> seen;       // a tied one may be given at each of its places
   for (Parameter* p : options.parameters) {  // in the caller's order
     const auto it = readers.find(p);
-    if (p->trainable() && (it == readers.end() || it->second.expected == 0)) {
+    if (p->trainable() && seen.insert(p).second &&
+        (it == readers.end() || it->second.expected == 0)) {
       plan.order.push_back({p, 0, it == readers.end() ? -1 : it->second.last_read});
       plan.unreached.push_back(p);
     }
   }
   for (const auto& [p, reader] : reached) {
     plan.order.push_back({p, reader.expected, reader.last_read});
+  }
+  if (options.reach_all) {
+    expect_all_reached();
   }
   for (const Ready& ready : plan.order) {
     if (ready.parameter->stale()) {
@@ -207,6 +216,16 @@ void SweepPlan::order(const BackwardOptions& options) {
   }
   if (options.on_last_read) {
     announce_last_reads();
+  }
+}
+
+void SweepPlan::expect_all_reached() const {
+  std::string names;
+  for (const Parameter* p : plan.unreached) {
+    names += (names.empty() ? "" : ", ") + p->name();
+  }
+  if (!names.empty()) {
+    fail("backward", "no path leads from the losses to {}", names);
   }
 }
 
@@ -222,7 +241,9 @@ void SweepPlan::announce_last_reads() {
   };
   for (const Record& record : tape_.records()) {
     for (Value* input : tape_.inputs(record)) {
-      announce(parameter_of(input));
+      if (input != nullptr && !input->root->outlived()) {
+        announce(parameter_of(input));
+      }
     }
   }
   for (const Ready& ready : plan.order) {

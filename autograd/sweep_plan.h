@@ -1,11 +1,13 @@
 // What backward knows before it touches anything. Internal to autograd.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "autograd/closure.h"
 #include "autograd/tape_state.h"
 
 namespace reprise {
@@ -22,6 +24,18 @@ struct SweepPlan {
   SweepPlan(TapeState& tape, std::span<const Variable> losses, std::span<const Variable> wrt,
             const BackwardOptions& options);
 
+  // Calls f(value) over wants(level), restricted to what is live; -1 is the root.
+  template <class F>
+  void each_wanted(std::int32_t level, F&& f) const {
+    reprise::each_wanted(
+        tape_, level, [&](std::int32_t r) { return live[static_cast<std::size_t>(r)] != 0; },
+        [&](std::int32_t c, auto& g) {
+          std::ranges::for_each(hold[static_cast<std::size_t>(c)], g);
+          std::ranges::for_each(keep[static_cast<std::size_t>(c)], g);
+        },
+        f);
+  }
+
   std::vector<char> live;                       // by record: a backward runs
   std::vector<std::vector<Value*>> hold, keep;  // by segment, restricted to what is live
   std::unordered_map<Parameter*, Reader> readers;
@@ -37,6 +51,7 @@ struct SweepPlan {
   void find_last_reads();
   void order(const BackwardOptions& options);
   void announce_last_reads();
+  void expect_all_reached() const;
 
   TapeState& tape_;
   std::vector<char> may_run_;

@@ -2,55 +2,31 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 
+#include "autograd/run_forward.h"
 #include "autograd/tape_state.h"
-#include "core/allocator.h"
 
 namespace reprise {
 namespace {
 
 // An op running for the first time. An input's buffer is given to an output when the handle that
 // the caller moved in is the last use of it.
-class RecordingForward final : public Forward {
+class RecordingForward final : public RunForward {
  public:
   RecordingForward(std::span<const Tensor> inputs, std::span<Variable> handles, std::size_t outputs,
                    Mask gradients, Mask saved_inputs)
-      : handles_(handles), outputs_(outputs), saved_inputs_(saved_inputs) {
-    inputs_ = inputs;
-    gradients_ = gradients;
-    for (const Tensor& input : inputs) {
-      if (input.defined()) {
-        device_ = input.device();
-        break;
-      }
-    }
-  }
-
-  Tensor output(std::size_t k, const Shape& shape, DType dtype, int reuse) override {
-    if (reuse >= 0 && reusable(static_cast<std::size_t>(reuse), shape, dtype)) {
-      Value* value = handles_[static_cast<std::size_t>(reuse)].value();
-      outputs_[k] = value->tensor.as_view(shape, contiguous_strides(shape), value->tensor.offset());
-      value->tensor.drop_storage();
-    } else {
-      outputs_[k] = Tensor::empty(shape, dtype, device_);
-    }
-    return outputs_[k];
-  }
-  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
-  std::vector<Tensor>& outputs() { return outputs_; }
+      : RunForward(inputs, outputs, gradients), handles_(handles), saved_inputs_(saved_inputs) {}
 
  private:
-  bool reusable(std::size_t i, const Shape& shape, DType dtype) const {
-    const Value* v = handles_[i].value();
-    return v != nullptr && !v->is_view() && v->producer >= 0 && v->handles == 1 && v->need == 0 &&
-           (saved_inputs_ >> i & 1u) == 0 && v->tensor.dtype() == dtype &&
-           v->tensor.numel() == shape.numel() && v->tensor.is_contiguous() &&
-           v->tensor.storage_references() == 2 &&  // the value's and the copy in inputs_
-           v->tensor.storage_bytes() == v->tensor.bytes();
+  Value* last_use(std::size_t i) const override {
+    Value* v = handles_[i].value();
+    const bool last =
+        v != nullptr && v->handles == 1 && v->need == 0 && (saved_inputs_ >> i & 1u) == 0;
+    return last ? v : nullptr;
   }
 
   std::span<Variable> handles_;
-  std::vector<Tensor> outputs_;
   Mask saved_inputs_;
 };
 
@@ -74,11 +50,6 @@ bool all_finite(const Tensor& tensor) {
   }
 }
 
-void label_allocations(std::string_view segment) {
-  allocator(cpu).set_segment(std::string(segment));
-  allocator(meta).set_segment(std::string(segment));
-}
-
 }  // namespace
 
 Tape::Tape() : state_(std::make_unique<TapeState>()) {}
@@ -99,15 +70,24 @@ const Policies& Tape::policies() const {
   return state_->policies;
 }
 
-OpenSegment::OpenSegment(std::string_view name) : tape_(Tape::current()) {
+OpenSegment::OpenSegment(std::string_view name)
+    : tape_(Tape::current()), exceptions_(std::uncaught_exceptions()) {
   if (tape_ != nullptr) {
     tape_->state().open(name, tape_->policies().find(name));
   }
 }
 
 OpenSegment::~OpenSegment() noexcept(false) {
-  if (tape_ != nullptr && tape_->state().segment_open()) {
+  if (tape_ == nullptr || !tape_->state().segment_open()) {
+    return;
+  }
+  try {
     tape_->state().close();
+  } catch (...) {
+    tape_->state().reset();
+    if (std::uncaught_exceptions() == exceptions_) {
+      throw;
+    }
   }
 }
 
@@ -127,7 +107,7 @@ Value* TapeState::add_value(Tensor tensor, Value* root) {
 }
 
 Value* TapeState::leaf(const Parameter& parameter) {
-  Value*& leaf = leaves_[&parameter];
+  Value*& leaf = leaves_[parameter.life().get()];
   if (leaf == nullptr || leaf->version != parameter.version() ||
       leaf->needs_gradient != parameter.trainable()) {
     Tensor layout = parameter.value();
@@ -135,6 +115,7 @@ Value* TapeState::leaf(const Parameter& parameter) {
     leaf = add_value(std::move(layout), nullptr);
     leaf->segment = -1;
     leaf->parameter = const_cast<Parameter*>(&parameter);
+    leaf->life = parameter.life();
     leaf->version = parameter.version();
     leaf->needs_gradient = parameter.trainable();
   }
@@ -155,19 +136,22 @@ void TapeState::check_inputs(const Op& op, std::span<Variable> inputs) {
     if (home != nullptr && home != this) {
       fail(op.name(), "input {} is on another tape than the current one: detach it", i);
     }
+    if (value->root->is_parameter() && value->root->outlived()) {
+      fail(op.name(), "input {} is parameter {}, which was destroyed", i, value->root->life->name);
+    }
   }
 }
 
-// Constants of the user's belong to the first tape that records a read of them.
+void TapeState::bind(Value* value) {
+  if (value->tape == nullptr) {
+    value->tape = this;
+    value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
+    retain(value);
+    values_.push_back(value);
+  }
+}
+
 void TapeState::bind(std::span<Variable> inputs) {
-  auto bind = [this](Value* value) {
-    if (value->tape == nullptr) {
-      value->tape = this;
-      value->asked = value->candidate = value->reached = 0;  // epochs start again with each tape
-      retain(value);
-      values_.push_back(value);
-    }
-  };
   for (const Variable& input : inputs) {
     if (input.defined()) {
       bind(input.value());
@@ -239,7 +223,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   hold_inputs(inputs, true);
   RecordingForward run(tensors, inputs, op->outputs(), gradients, saved.inputs);
   try {
-    op->forward(run);
+    run.run(*op);
   } catch (...) {
     hold_inputs(inputs, false);
     throw;
@@ -335,7 +319,7 @@ void TapeState::reset() {
     // A constant of the user's may go onto another tape; all else has lost its history.
     value->stale = value->producer >= 0 || value->is_parameter() || value->is_view();
     if (value->is_parameter()) {
-      if (value->handles > 0) {
+      if (value->handles > 0 && !value->outlived()) {
         value->tensor = value->parameter->value();
       }
       value->parameter = nullptr;
@@ -357,6 +341,9 @@ void TapeState::reset() {
   values_.clear();
   segments_.clear();
   leaves_.clear();
+  while (!labels_.empty()) {
+    labels_.pop_back();
+  }
   open_ = -1;
   epoch_ = 0;
   report_ended_ = true;
@@ -379,7 +366,7 @@ void TapeState::open(std::string_view name, const Policy& policy) {
   segments_.push_back(std::move(segment));
   open_ = id;
   ++report.segments;
-  label_allocations(name);
+  labels_.emplace_back(std::string(name));
 }
 
 void TapeState::close() {
@@ -387,7 +374,7 @@ void TapeState::close() {
   Segment& segment = segments_[static_cast<std::size_t>(id)];
   segment.last = static_cast<std::int32_t>(records_.size());
   open_ = segment.parent;
-  label_allocations(open_ < 0 ? "" : segments_[static_cast<std::size_t>(open_)].name);
+  labels_.pop_back();
   if (open_ < 0 && !segment.any_gradient) {
     truncate(id);
     return;

@@ -24,7 +24,7 @@ struct TapeReport {
   std::int64_t replayed_records = 0;
   std::int64_t dropped_bytes = 0;   // of values that the tape let go and a replay can restore
   std::int64_t restored_bytes = 0;  // by replays
-  std::int64_t pinned_bytes = 0;    // inside segments, held only by the user's handles
+  std::int64_t pinned_bytes = 0;    // held only by the user's handles when the sweep began
 };
 
 class TapeState;  // records, values, segments: autograd/tape_state.h
@@ -82,7 +82,9 @@ decltype(auto) no_grad(F&& f) {
 }
 
 // Opens a segment on the current tape; closes it at the end of its life, also when that is an
-// exception. Without a current tape it does nothing.
+// exception. Without a current tape it does nothing. When closing throws (a policy did) the tape is
+// reset, as nothing that it holds could be swept any more, and the exception goes on; an exception
+// that is under way already is the one that goes on.
 class OpenSegment {
  public:
   explicit OpenSegment(std::string_view name);
@@ -91,6 +93,7 @@ class OpenSegment {
 
  private:
   Tape* tape_;
+  int exceptions_;  // under way when it was opened
 };
 
 // Runs f(args...) once, now, and returns what it returns. The values that its ops made may be
@@ -119,6 +122,9 @@ struct BackwardOptions {
   std::vector<double> scale;
   // Given, the plan covers them all, and names those that the losses do not reach.
   std::span<Parameter* const> parameters;
+  // A trainable parameter of those that the losses do not reach is an Error that names them all,
+  // thrown before on_plan.
+  bool reach_all = false;
   std::function<void(const Plan&)> on_plan;      // before any gradient is touched
   std::function<void(Parameter&)> on_ready;      // its gradient is complete
   std::function<void(Parameter&)> on_last_read;  // its data may be updated, freed, resharded
@@ -132,13 +138,16 @@ struct BackwardOptions {
 void backward(std::span<const Variable> losses, const BackwardOptions& options = {});
 void backward(const Variable& loss, const BackwardOptions& options = {});
 
-// Gradients with respect to chosen values (leaves or interior); undefined where the losses do not
-// depend on one. Parameters' gradients are added to as by backward().
+// Gradients with respect to chosen values (Variable::leaf or interior); undefined where the losses
+// do not depend on one. Parameters' gradients are added to as by backward(); a parameter itself as
+// a chosen value is an Error: what its gradient() holds is the sum over sweeps.
 std::vector<Tensor> grad(std::span<const Variable> losses, std::span<const Variable> wrt,
                          const BackwardOptions& options = {});
 
-// A table for people: per segment bytes kept, records and FLOPs of its replay; per parameter who
-// reads it and how often; pinned bytes by name.
+// A table for people: per segment the bytes held (made outside of it) and kept (made inside), and
+// records and FLOPs of its replay were nothing inside pinned; per parameter who reads it and how
+// often; the values that only handles keep, by name. To be called before backward, which lets go of
+// all that it tells: in BackwardOptions::on_plan at the latest.
 std::string explain(const Tape& tape);
 
 }  // namespace reprise

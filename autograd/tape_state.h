@@ -16,6 +16,7 @@
 
 #include "autograd/op.h"
 #include "autograd/policy.h"
+#include "autograd/segment_label.h"
 #include "autograd/tape.h"
 #include "autograd/value.h"
 
@@ -57,6 +58,8 @@ class TapeState {
   void name_value(Value* value, std::string_view name);
   void reset();
   void on_drop(const Value& root);
+  // A constant or leaf of the user's belongs to the first tape that reads it.
+  void bind(Value* value);
 
   // Reading
   std::span<Value* const> inputs(const Record& r) const {
@@ -82,6 +85,31 @@ class TapeState {
         f(outputs(r)[k]);
       }
     }
+  }
+  // Calls f(value) for what a closed segment holds and keeps.
+  template <class F>
+  void each_held(std::int32_t segment, F&& f) const {
+    for (Value* v : segments_[static_cast<std::size_t>(segment)].hold) {
+      f(v);
+    }
+    for (Value* v : segments_[static_cast<std::size_t>(segment)].keep) {
+      f(v);
+    }
+  }
+  // Calls f(value) for each buffer made by an op that only the user's handles keep: no policy can
+  // drop it. A handle on a view keeps all of its buffer.
+  template <class F>
+  void each_pinned(F&& f) const {
+    for (const Value* v : values_) {
+      if (!v->is_view() && v->handles > 0 && v->need == 0 && v->producer >= 0) {
+        f(v);
+      }
+    }
+  }
+  std::int64_t pinned_bytes() const {
+    std::int64_t bytes = 0;
+    each_pinned([&](const Value* v) { bytes += v->tensor.bytes(); });
+    return bytes;
   }
   Call call(const Record& r, std::vector<Tensor>& layouts) const;
   // Segments that hold record r, innermost last.
@@ -111,15 +139,18 @@ class TapeState {
   void expect_finite(const Op& op, std::span<const Tensor> outputs) const;
   void keep_by_policy(const Record& r);
   Keep ask_policy(const Segment& segment, const Value* value) const;
+  Keep ask_policy(const Segment& segment, const Value* value, std::string_view name) const;
   void truncate(std::int32_t segment);
   void fold(std::int32_t segment);
+  void end_open_holds(Segment& segment);
 
   std::vector<Record> records_;
   std::vector<Value*> edges_;
   std::vector<Value*> values_;  // every cell that this tape refers to
   std::vector<Segment> segments_;
-  std::unordered_map<const Parameter*, Value*> leaves_;
-  std::int32_t open_ = -1;  // innermost open segment
+  std::unordered_map<const ParameterLife*, Value*> leaves_;  // the values keep the keys alive
+  std::int32_t open_ = -1;                                   // innermost open segment
+  std::vector<SegmentLabel> labels_;                         // of the open segments, innermost last
   std::uint32_t epoch_ = 0;
   bool report_ended_ = false;
 };

@@ -26,6 +26,9 @@ void show_kind(Value* root) {
 }  // namespace
 
 Tensor Value::read() const {
+  if (root->outlived() && !root->tensor.has_storage()) {
+    fail("tensor", "parameter {} was destroyed", root->life->name);
+  }
   if (is_view()) {
     Tensor view = tensor;
     view.set_storage(root->is_parameter() ? root->parameter->value() : root->tensor);

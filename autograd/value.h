@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "autograd/parameter.h"
 #include "core/tensor.h"
@@ -27,19 +28,22 @@ struct Value {
   std::int32_t segment = -1;   // innermost open when it was made; -1: none
   bool needs_gradient = false;
   bool stale = false;              // its tape has forgotten how it was made
-  Parameter* parameter = nullptr;  // of a parameter's leaf
-  std::uint64_t version = 0;       // of the parameter when it was read
-  std::uint32_t asked = 0;         // equal to the tape's epoch: in the set being built
-  std::uint32_t candidate = 0;     // the same, for a second set
-  std::uint32_t reached = 0;       // the same, for the losses' history
-  Tensor tensor;                   // the layout, and of a resident root the storage
-  Tensor gradient;                 // in a sweep
-  std::unique_ptr<std::string> name;
+  Parameter* parameter = nullptr;  // of a parameter's leaf; not to be followed once life has ended
+  std::shared_ptr<const ParameterLife> life;
+  std::uint64_t version = 0;    // of the parameter when it was read
+  std::uint32_t asked = 0;      // equal to the tape's epoch: in the set being built
+  std::uint32_t candidate = 0;  // the same, for a second set
+  std::uint32_t reached = 0;    // the same, for the losses' history
+  Tensor tensor;                // the layout, and of a resident root the storage
+  Tensor gradient;              // in a sweep
+  std::unique_ptr<std::vector<std::string>> names;  // of a root: given to it or to a view of it
 
   bool is_view() const { return root != this; }
   bool is_parameter() const { return parameter != nullptr; }
   bool resident() const { return is_parameter() || tensor.has_storage(); }  // of a root
-  // The tensor with its elements; throws InternalError when it is dropped.
+  bool outlived() const { return life != nullptr && life->ended; }          // of a parameter's leaf
+  // The tensor with its elements; throws InternalError when it is dropped, Error when it is of a
+  // parameter that was destroyed.
   Tensor read() const;
 };
 

@@ -1,5 +1,6 @@
 #include "autograd/variable.h"
 
+#include "autograd/run_forward.h"
 #include "autograd/tape.h"
 #include "autograd/tape_state.h"
 #include "autograd/value.h"
@@ -48,6 +49,9 @@ Variable::Variable(const Parameter& parameter) {
 Variable Variable::leaf(Tensor value) {
   if (!value.defined()) {
     fail("leaf", "the tensor is undefined");
+  }
+  if (!is_floating(value.dtype())) {
+    fail("leaf", "must be of a floating dtype, as its gradient is, got {}", name(value.dtype()));
   }
   Variable variable(std::move(value));
   variable.value_->needs_gradient = true;
@@ -104,25 +108,13 @@ NoGrad::~NoGrad() {
 namespace {
 
 // Without a tape an op just runs: inference.
-class PlainForward final : public Forward {
+class PlainForward final : public RunForward {
  public:
-  explicit PlainForward(std::span<const Tensor> inputs, std::size_t outputs) : outputs_(outputs) {
-    inputs_ = inputs;
-    for (const Tensor& input : inputs) {
-      if (input.defined()) {
-        device_ = input.device();
-        break;
-      }
-    }
-  }
-  Tensor output(std::size_t k, const Shape& shape, DType dtype, int) override {
-    return outputs_[k] = Tensor::empty(shape, dtype, device_);
-  }
-  void give_output(std::size_t k, Tensor tensor) override { outputs_[k] = std::move(tensor); }
-  std::vector<Tensor>& outputs() { return outputs_; }
+  PlainForward(std::span<const Tensor> inputs, std::size_t outputs)
+      : RunForward(inputs, outputs, 0) {}
 
  private:
-  std::vector<Tensor> outputs_;
+  Value* last_use(std::size_t) const override { return nullptr; }
 };
 
 }  // namespace
@@ -139,7 +131,7 @@ std::vector<Variable> apply_many(std::unique_ptr<const Op> op, std::span<Variabl
     tensors.push_back(input.defined() ? input.tensor() : Tensor());
   }
   PlainForward run(tensors, op->outputs());
-  op->forward(run);
+  run.run(*op);
   std::vector<Variable> results;
   for (Tensor& output : run.outputs()) {
     results.emplace_back(std::move(output));

@@ -50,14 +50,18 @@ class Variable {
   Value* value_ = nullptr;
 };
 
-// Runs the op on the current tape (no tape: just runs it) and records it. Throws Error for a stale
-// input ("detach it"), inputs of two tapes, or from the op itself; then nothing was recorded.
+// Runs the op on the current tape (no tape: just runs it) and records it. The elements of `inputs`
+// are the op's from then on: the buffer of one that is the last handle on its value may have become
+// an output's, so they may only be dropped or assigned to. Throws Error for a stale input ("detach
+// it"), inputs of two tapes, an output that the op did not make, or from the op itself; then
+// nothing was recorded.
 std::vector<Variable> apply_many(std::unique_ptr<const Op> op, std::span<Variable> inputs);
 Variable apply(std::unique_ptr<const Op> op, std::initializer_list<Variable> inputs);
 
 // The same value without history: no gradient flows through it. A view.
 Variable detach(const Variable& x);
-// Gives the value a name, for keep_named and reports. Returns x.
+// Gives the value a name, for keep_named and reports. Returns x. The name of a view is one of the
+// buffer's that it looks into: kept is that buffer, as made by its op. Several names may be given.
 Variable named(Variable x, std::string_view name);
 
 }  // namespace reprise

@@ -14,6 +14,7 @@
 #include "autograd/dry_run.h"
 #include "core/error.h"
 #include "core/parallel.h"
+#include "nn/models/language_model.h"
 #include "nn/weights/json.h"
 #include "train/progress.h"
 #include "train/trainer.h"
@@ -58,20 +59,20 @@ std::string config_of(const Options& options) {
   return config.dump();
 }
 
-std::unique_ptr<nn::Model> build(const Options& options, Device device) {
+std::unique_ptr<nn::LanguageModel> build(const Options& options, Device device) {
   auto config = nn::JsonReader::parse(config_of(options), "bench");
   if (!config.ok()) {
     fail("bench", "{}", std::string(config.status().message()));
   }
   const DType dtype = options.dtype == "bf16" ? DType::bf16 : DType::f32;
-  auto model = nn::build_model(*config, {device, dtype});
+  auto model = nn::build_language_model(*config, {device, dtype});
   if (!model.ok()) {
     fail("bench", "{}", std::string(model.status().message()));
   }
   return *std::move(model);
 }
 
-nn::Batch random_batch(const nn::Model& model, const Options& options) {
+nn::Batch random_batch(const nn::LanguageModel& model, const Options& options) {
   Generator generator{7, 0};
   std::vector<std::int64_t> ids(static_cast<std::size_t>(options.batch * options.tokens));
   for (std::int64_t& id : ids) {
@@ -139,6 +140,8 @@ nlohmann::json run(const Options& options) {
           {"peak_resident_mib", static_cast<double>(train::peak_resident_bytes()) / (1 << 20)},
           {"resident_before_mib", static_cast<double>(resident_before) / (1 << 20)},
           {"replayed_records", tape.replayed_records},
+          {"flops", tape.forward_flops + tape.backward_flops},
+          {"replay_flops", tape.replay_flops},
           {"losses", losses}};
 }
 

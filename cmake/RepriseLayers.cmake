@@ -57,7 +57,7 @@ target_link_libraries(reprise_nn PUBLIC absl::status absl::statusor nlohmann_jso
 if(REPRISE_HAS_MPI)
   target_link_libraries(reprise_distributed PRIVATE MPI::MPI_CXX)
   target_compile_definitions(reprise_distributed PRIVATE
-    REPRISE_HAS_MPI=1 OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX REPRISE_MPIEXEC="${MPIEXEC_EXECUTABLE}")
+    REPRISE_HAS_MPI=1 OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX)
 endif()
 target_link_libraries(reprise_train PUBLIC CLI11::CLI11 PRIVATE reprise_vendor::xxhash reprise_vendor::utf8)
 

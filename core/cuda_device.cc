@@ -57,6 +57,15 @@ cudaStream_t stream_of(Device device) {
   return stream;
 }
 
+struct Allocators {
+  std::mutex mutex;
+  std::array<std::unique_ptr<Allocator>, kMostDevices> made;
+};
+Allocators& allocators() {
+  static Allocators all;
+  return all;
+}
+
 // The runtime's pool, told to keep what it has.
 class CudaMemory final : public MemorySource {
  public:
@@ -110,14 +119,23 @@ int cuda_device_count() {
 
 Allocator& cuda_allocator(Device device) {
   const Current current(device);
-  static std::mutex mutex;
-  static std::array<std::unique_ptr<Allocator>, kMostDevices> allocators;
-  const std::lock_guard lock(mutex);
-  auto& made = allocators.at(static_cast<std::size_t>(device.index));
+  const std::lock_guard lock(allocators().mutex);
+  auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;
+}
+
+std::vector<Device> cuda_devices_in_use() {
+  const std::lock_guard lock(allocators().mutex);
+  std::vector<Device> devices;
+  for (int i = 0; i < kMostDevices; ++i) {
+    if (allocators().made.at(static_cast<std::size_t>(i)) != nullptr) {
+      devices.push_back({DeviceKind::cuda, static_cast<std::int8_t>(i)});
+    }
+  }
+  return devices;
 }
 
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "core/allocator.h"
 #include "core/device.h"
@@ -13,6 +14,8 @@ namespace reprise {
 int cuda_device_count();
 // Throws Error when the device is not there.
 Allocator& cuda_allocator(Device device);
+// Devices whose allocator exists: memory was asked of them.
+std::vector<Device> cuda_devices_in_use();
 // Copies between host and device, or between devices, in order of the current stream; returns
 // when the host may touch its side again.
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device, std::size_t bytes);

@@ -66,7 +66,7 @@ int main(int argc, char** argv) {
     text += "the quick brown fox jumps over the lazy dog. ";
   }
   if (!file.empty()) {
-    auto read = train::read_text(file);
+    auto read = train::read_text(file, train::ByteData::least_bytes(64));
     if (!read.ok()) {
       return complain(read.status());
     }

@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
 
   std::string text = counting_text();
   if (!file.empty()) {
-    auto read = train::read_text(file);
+    auto read = train::read_text(file, train::ByteData::least_bytes(64));
     if (!read.ok()) {
       std::fprintf(stderr, "%s\n", std::string(read.status().message()).c_str());
       return 2;

@@ -245,6 +245,9 @@ void attention_backward(const AttentionInputs& in, const Tensor& out, const Tens
 std::int64_t visible_pairs(const AttentionInputs& in, const AttentionOptions& options) {
   const Sizes s = expect_qkv("attention", in);
   expect_visibility("attention", in, s, options);
+  if (s.B == 0 || s.T == 0) {
+    return 0;  // S may be anything
+  }
   const bool readable = in.q.device().kind != DeviceKind::cuda;
   const std::int64_t* const mask =
       readable && in.mask.defined() ? in.mask.data<std::int64_t>() : nullptr;

@@ -6,15 +6,24 @@
 
 #include <fmt/format.h>
 
+#include "nn/models/limits.h"
+
 namespace reprise::nn {
 namespace {
+
+// Its powers stay finite in f32.
+constexpr double kMostTheta = 1e30;
 
 void read_llama3(JsonReader& json, RopeConfig& rope) {
   rope.scaling = RopeScaling::llama3;
   rope.factor = json.number("factor");
   rope.low_frequency = json.number("low_freq_factor");
   rope.high_frequency = json.number("high_freq_factor");
-  rope.original_positions = json.integer_from(1, "original_max_position_embeddings");
+  rope.original_positions =
+      json.integer_between(1, kMostPositions, "original_max_position_embeddings");
+  if (json.status().ok() && !(rope.low_frequency > 0)) {
+    json.refuse("low_freq_factor", fmt::format("must be above 0, got {}", rope.low_frequency));
+  }
   if (json.status().ok() && rope.high_frequency <= rope.low_frequency) {
     json.refuse("high_freq_factor", fmt::format("must be above low_freq_factor = {}, got {}",
                                                 rope.low_frequency, rope.high_frequency));
@@ -28,8 +37,8 @@ double magnitude(double scale, double weight) {
 
 void read_yarn(JsonReader& json, RopeConfig& rope) {
   rope.scaling = RopeScaling::yarn;
-  rope.original_positions =
-      json.integer_from(1, "original_max_position_embeddings", rope.max_positions);
+  rope.original_positions = json.integer_between(
+      1, kMostPositions, "original_max_position_embeddings", rope.max_positions);
   rope.factor = json.number("factor", static_cast<double>(rope.max_positions) /
                                           static_cast<double>(rope.original_positions));
   const double weight = json.number("mscale", 0), all_dims = json.number("mscale_all_dim", 0);
@@ -42,6 +51,21 @@ void read_yarn(JsonReader& json, RopeConfig& rope) {
   rope.beta_fast = fast != 0 ? fast : 32;
   rope.beta_slow = slow != 0 ? slow : 1;
   rope.truncate = json.boolean("truncate", true);
+  if (!json.status().ok()) {
+    return;
+  }
+  if (!(rope.beta_slow > 0)) {
+    json.refuse("beta_slow", fmt::format("must be above 0, got {}", rope.beta_slow));
+  } else if (!(rope.beta_fast > rope.beta_slow)) {
+    json.refuse("beta_fast", fmt::format("must be above beta_slow = {}, got {}", rope.beta_slow,
+                                         rope.beta_fast));
+  } else if (!(rope.factor > 0)) {
+    json.refuse("factor", fmt::format("must be above 0, got {}", rope.factor));
+  } else if (!(rope.attention_factor > 0) || !std::isfinite(rope.attention_factor)) {
+    json.refuse("attention_factor",
+                fmt::format("must be above 0 (as given, or from mscale and mscale_all_dim), got {}",
+                            rope.attention_factor));
+  }
 }
 
 void read_scaling(JsonReader json, RopeConfig& rope) {
@@ -129,17 +153,20 @@ RopeConfig read_rope(JsonReader& json, std::int64_t head_size, std::int64_t max_
   const double theta = json.number("rope_theta", default_theta);
   rope.theta = parameters.number("rope_theta", theta);
   const double share = json.number("partial_rotary_factor", 1);
-  rope.dim = static_cast<std::int64_t>(static_cast<double>(head_size) *
-                                       parameters.number("partial_rotary_factor", share));
-  if (json.status().ok() && !(rope.theta > 1)) {
-    json.refuse("rope_theta", fmt::format("must be above 1, got {}", rope.theta));
+  const double rotated =
+      static_cast<double>(head_size) * parameters.number("partial_rotary_factor", share);
+  const bool within = rotated >= 0 && rotated <= static_cast<double>(head_size);
+  rope.dim = within ? static_cast<std::int64_t>(rotated) : 0;
+  if (json.status().ok() && !(rope.theta > 1 && rope.theta <= kMostTheta)) {
+    json.refuse("rope_theta",
+                fmt::format("must be above 1 and at most {}, got {}", kMostTheta, rope.theta));
   }
-  if (json.status().ok() && (rope.dim % 2 != 0 || rope.dim <= 0 || rope.dim > head_size)) {
+  if (json.status().ok() && (rope.dim % 2 != 0 || rope.dim == 0)) {
     json.refuse(
         "partial_rotary_factor",
         fmt::format("must leave an even number of rotated elements from 2 to head_dim = {}, "
                     "got {}",
-                    head_size, rope.dim));
+                    head_size, rotated));
   }
   read_scaling(parameters, rope);
   if (json.status().ok() && rope.scaling == RopeScaling::dynamic && rope.dim == 2) {

@@ -102,6 +102,7 @@ struct Way {
 struct Outcome {
   std::vector<Tensor> outputs, gradients;
   std::vector<Tensor> replayed;  // the outputs in the loss, as the sweep saw them
+  TapeReport report;
 };
 
 bool wants_gradient(const Argument& argument, Mask wanted, std::size_t i) {
@@ -142,6 +143,7 @@ Outcome execute(const OpCase& op, DType dtype, const Way& way) {
     }
   }
   const std::vector<Tensor> gradients = grad({&loss, 1}, wrt);
+  outcome.report = tape.report();
   std::size_t next = 0;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     if (wants_gradient(op.inputs[i], way.wanted, i)) {
@@ -429,6 +431,15 @@ TEST_P(OpCases, CheckpointedGradientsHaveTheSameBits) {
   }
 }
 
+TEST_P(OpCases, FlopsAgreeWithTheRow) {
+  if (const OpCase& op = GetParam().op; op.forward_flops >= 0) {
+    const TapeReport report = run({.checkpointed = true}).report;
+    EXPECT_EQ(report.forward_flops, op.forward_flops);
+    EXPECT_EQ(report.replay_flops, op.forward_flops);
+    EXPECT_EQ(report.backward_flops, op.backward_flops);
+  }
+}
+
 TEST_P(OpCases, FrozenInputsLeaveTheOtherGradients) {
   const OpCase& op = GetParam().op;
   std::vector<std::size_t> differentiable;
@@ -457,7 +468,7 @@ TEST_P(OpCases, FrozenInputsLeaveTheOtherGradients) {
   }
 }
 
-// Parameters read by two calls, and two sweeps: every contribution arrives; at weights in f32. On
+// Parameters read by two calls, and two sweeps: every contribution arrives, in f32. On
 // a device only the weights, by one call: there the tape cannot add gradients by itself yet.
 TEST_P(OpCases, GradientsAccumulate) {
   const auto& [op, dtype, device] = GetParam();
@@ -470,7 +481,7 @@ TEST_P(OpCases, GradientsAccumulate) {
     const Argument& argument = op.inputs[i];
     if (wants_gradient(argument, kAll, i) && (host || argument.parameter)) {
       parameters[i] = std::make_unique<Parameter>(argument.name, tensors[i]);
-      parameters[i]->set_grad_dtype(argument.parameter ? DType::f32 : tensors[i].dtype());
+      parameters[i]->set_grad_dtype(DType::f32);  // also of what the op writes in its own dtype
       wanted |= Mask{1} << i;
     }
   }

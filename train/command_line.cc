@@ -1,8 +1,14 @@
 #include "train/command_line.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,6 +23,7 @@
 #include "train/launch.h"
 #include "train/parity.h"
 #include "train/suggest.h"
+#include "train/trainer.h"
 
 namespace reprise::train {
 namespace {
@@ -43,11 +50,16 @@ int show(const absl::StatusOr<ParityReport>& parity, bool as_json) {
   return exit_code(parity);
 }
 
+std::string shortened(const std::string& text) {
+  return text.size() > 40 ? text.substr(0, 37) + "..." : text;
+}
+
 std::vector<std::string> command_names(const CLI::App& app) {
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
     names.push_back(command->get_name());
   }
+  std::ranges::sort(names);
   return names;
 }
 
@@ -61,6 +73,39 @@ std::vector<std::string> flag_names(const CLI::App& app) {
   return names;
 }
 
+// The parser's own check lets nan and inf through and prints its bound with 300 digits.
+CLI::Validator positive() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        double value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        const bool good = error == std::errc() && end == text.data() + text.size() &&
+                          std::isfinite(value) && value > 0;
+        return good ? std::string()
+                    : fmt::format("must be a number above 0, got \"{}\"", shortened(text));
+      },
+      "above 0");
+}
+
+// The parser would wrap a negative number around.
+CLI::Validator whole() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        std::uint64_t value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        return error == std::errc() && end == text.data() + text.size()
+                   ? std::string()
+                   : fmt::format("must be a whole number from 0 to 2^64 - 1, got \"{}\"",
+                                 shortened(text));
+      },
+      "0 or above");
+}
+
+CLI::Validator not_empty() {
+  return CLI::Validator(
+      [](const std::string& text) { return text.empty() ? "must name a file, got \"\"" : ""; }, "");
+}
+
 // Complains about the first word that is neither a command nor a flag of the command at hand; the
 // parser's own message has no suggestion.
 int complain(const CLI::App& app, const std::vector<std::string>& words,
@@ -69,7 +114,8 @@ int complain(const CLI::App& app, const std::vector<std::string>& words,
   for (const std::string_view word : words) {
     const std::string name(word.substr(0, word.find('=')));
     if (word.starts_with("--")) {
-      const auto known = flag_names(*command);
+      auto known = flag_names(*command);
+      known.emplace_back("--ranks");
       if (std::ranges::find(known, name) == known.end()) {
         const std::string near = nearest(name, known);
         fmt::print(stderr, "reprise: unknown flag {}{}\n", name,
@@ -92,59 +138,98 @@ int complain(const CLI::App& app, const std::vector<std::string>& words,
   return kBadInput;
 }
 
-int run_command(const World& world, const std::vector<std::string>& words) {
+// What the words ask for.
+struct Invocation {
+  std::optional<int> exit_code;  // said already: help, or a complaint
+  std::string command;
+  DemoOptions demo;
+  ParityOptions parity;
+  std::string case_folder, dtype = "f32";
+  bool as_json = false;
+};
+
+void add_demo(CLI::App& app, DemoOptions& demo) {
+  CLI::App* command =
+      app.add_subcommand("demo", "Train a small decoder on real text and compare the policies.");
+  command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations")
+      ->check(not_empty());
+  command->add_option("--seconds", demo.seconds, "Time to train")->check(positive());
+  command->add_option("--policy", demo.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  command
+      ->add_option("--gradients-out", demo.gradients_out,
+                   "Write the gradients of one step to this file and end")
+      ->check(not_empty());
+  command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
+      ->check(positive());
+  command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
+  command->add_flag("--quiet", demo.quiet, "No progress line");
+}
+
+void add_parity(CLI::App& app, Invocation& asked) {
+  CLI::App* command =
+      app.add_subcommand("parity", "Compare a model with what the reference computed.");
+  command->add_option("DIR", asked.case_folder, "The case")->required();
+  command->add_option("--dtype", asked.dtype, "f32 or bf16")->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--policy", asked.parity.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  command->add_flag("--every-policy", asked.parity.every_policy,
+                    "Run under each policy and ask for bitwise equal gradients");
+  command->add_flag("--json", asked.as_json, "Print JSON");
+  command->add_option("--write", asked.parity.write, "Write what was computed to this file")
+      ->check(not_empty());
+}
+
+constexpr std::string_view kOfTheScript[] = {"test", "build"};
+
+Invocation parse(const std::vector<std::string>& words) {
+  Invocation asked;
   CLI::App app("Build, train and fine-tune transformers.", "reprise");
   app.require_subcommand(1);
-
-  DemoOptions demo;
-  CLI::App* demo_command =
-      app.add_subcommand("demo", "Train a small decoder on real text and compare the policies.");
-  demo_command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations");
-  demo_command->add_option("--seconds", demo.seconds, "Time to train")->check(CLI::PositiveNumber);
-  demo_command->add_option("--policy", demo.policy, "What segments keep")
-      ->check(CLI::IsMember(Policies::names()));
-  demo_command->add_option("--gradients-out", demo.gradients_out,
-                           "Write the gradients of one step to this file and end");
-  demo_command->add_option("--seed", demo.seed, "Of weights and data");
-  demo_command->add_flag("--quiet", demo.quiet, "No progress line");
-
-  std::string case_folder, dtype = "f32";
-  ParityOptions parity;
-  bool as_json = false;
-  CLI::App* parity_command =
-      app.add_subcommand("parity", "Compare a model with what the reference computed.");
-  parity_command->add_option("DIR", case_folder, "The case")->required();
-  parity_command->add_option("--dtype", dtype, "f32 or bf16")
-      ->check(CLI::IsMember({"f32", "bf16"}));
-  parity_command->add_option("--policy", parity.policy, "What segments keep")
-      ->check(CLI::IsMember(Policies::names()));
-  parity_command->add_flag("--every-policy", parity.every_policy,
-                           "Run under each policy and ask for bitwise equal gradients");
-  parity_command->add_flag("--json", as_json, "Print JSON");
-  parity_command->add_option("--write", parity.write, "Write what was computed to this file");
-
+  std::string ranks;  // taken out before
+  app.add_option("--ranks", ranks, "Processes for demo, started with mpirun");
+  add_demo(app, asked.demo);
+  add_parity(app, asked);
+  app.add_subcommand("test", "Build everything and run every test (the script's: ./reprise test).")
+      ->allow_extras();
+  app.add_subcommand("build", "Build the program only (the script's: ./reprise build).")
+      ->allow_extras();
   try {
     // The parser takes the words from the end.
     app.parse(std::vector<std::string>(words.rbegin(), words.rend()));
   } catch (const CLI::CallForHelp& help) {
-    return app.exit(help);
+    asked.exit_code = app.exit(help);
+    return asked;
   } catch (const CLI::ParseError& error) {
-    return complain(app, words, error.what());
+    asked.exit_code = complain(app, words, error.what());
+    return asked;
   }
+  asked.command = app.get_subcommands().front()->get_name();
+  asked.parity.dtype = asked.dtype == "bf16" ? DType::bf16 : DType::f32;
+  if (std::ranges::find(kOfTheScript, asked.command) != std::end(kOfTheScript)) {
+    fmt::print(stderr, "reprise: {0} is a command of the script: ./reprise {0}\n", asked.command);
+    asked.exit_code = kBadInput;
+  }
+  return asked;
+}
+
+int run_command(const World& world, const Invocation& asked) {
   try {
-    if (parity_command->parsed()) {
-      parity.dtype = dtype == "bf16" ? DType::bf16 : DType::f32;
-      return show(run_parity(case_folder, parity), as_json);
+    if (asked.command == "parity") {
+      return show(run_parity(asked.case_folder, asked.parity), asked.as_json);
     }
     auto ranks = connect(world);
     if (!ranks.ok()) {
       return report(ranks.status());
     }
-    const absl::Status done = run_demo(demo, **ranks);
+    const absl::Status done = run_demo(asked.demo, **ranks);
     if (done.ok()) {
       (*ranks)->close();
     }
     return report(done);
+  } catch (const Diverged& error) {
+    fmt::print(stderr, "reprise: {}\n", error.what());
+    return kBadInput;
   } catch (const Error& error) {
     fmt::print(stderr, "reprise: {}\n", error.what());
     return 1;
@@ -154,19 +239,36 @@ int run_command(const World& world, const std::vector<std::string>& words) {
 }  // namespace
 
 int run_command_line(int argc, char** argv) {
-  // Other ranks are started before this process has a thread.
   const absl::StatusOr<Launch> launch = plan_launch(argc, argv);
   if (!launch.ok()) {
     return report(launch.status());
   }
+  const Invocation asked = parse(launch->arguments);
+  if (asked.exit_code) {
+    return *asked.exit_code;
+  }
+  const bool several = launch->ranks > 0 || launch->world.size > 1;
+  if (several && asked.command != "demo") {
+    // Each would do the same work.
+    return launch->world.rank > 0
+               ? kBadInput
+               : report(absl::InvalidArgumentError(fmt::format(
+                     "{} is of no use to {}",
+                     launch->ranks > 0 ? "--ranks" : launch->world.launcher, asked.command)));
+  }
   if (launch->ranks > 1) {
+    // What this process can see is refused once, not by every rank. Other ranks are started before
+    // it has a thread.
+    if (const auto text = demo_text(asked.demo, launch->ranks); !text.ok()) {
+      return report(text.status());
+    }
     const absl::StatusOr<int> code = supervise(*launch);
     return code.ok() ? *code : report(code.status());
   }
   if (std::getenv("OMP_NUM_THREADS") == nullptr) {
     set_threads(launch->world.threads);
   }
-  return run_command(launch->world, launch->arguments);
+  return run_command(launch->world, asked);
 }
 
 }  // namespace reprise::train

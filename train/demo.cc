@@ -26,7 +26,6 @@ namespace {
 
 constexpr std::int64_t kBatch = 8;
 constexpr std::int64_t kTokens = 128;
-constexpr double kLearningRate = 1e-3;
 constexpr double kWarmup = 0.03;  // of the run
 constexpr int kValidationBatches = 8;
 constexpr std::string_view kPrompt = "The ";
@@ -43,12 +42,12 @@ double elapsed_s(std::chrono::steady_clock::time_point since) {
 }
 
 // Warmup, then a cosine to a tenth, over the share of the run that is done.
-double learning_rate(double fraction) {
+double learning_rate(double highest, double fraction) {
   if (fraction < kWarmup) {
-    return kLearningRate * (0.05 + 0.95 * fraction / kWarmup);
+    return highest * (0.05 + 0.95 * fraction / kWarmup);
   }
   const double along = std::min(1.0, (fraction - kWarmup) / (1 - kWarmup));
-  return kLearningRate * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
+  return highest * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
 }
 
 double validation_loss(Trainer& trainer, const ByteData& data) {
@@ -60,7 +59,7 @@ double validation_loss(Trainer& trainer, const ByteData& data) {
   return sum / static_cast<double>(count);
 }
 
-void print_sample(nn::Model& model, const char* when, std::uint64_t seed) {
+void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed) {
   Generator generator{seed + 100, 0};
   model.evaluate();
   fmt::print("\nSampled text {}:\n| ", when);
@@ -78,12 +77,15 @@ Generator data_generator(const DemoOptions& options, int rank) {
 void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
            distributed::Communicator& ranks) {
   Generator order = data_generator(options, ranks.rank());
+  // Rank 0 has printed meanwhile: the others' clocks start when it is here.
+  all_reduce_value(ranks, 0, distributed::Reduce::max, "start of training");
   Progress progress(options.quiet || ranks.rank() != 0);
   const auto start = std::chrono::steady_clock::now();
   double smooth = 0;
   std::int64_t tokens = 0;
   for (double fraction = 0; fraction < 1;) {
-    const double own = trainer.step(data.draw(order), learning_rate(fraction));
+    const double own =
+        trainer.step(data.draw(order), learning_rate(options.learning_rate, fraction));
     const double loss =
         all_reduce_value(ranks, own, distributed::Reduce::sum, "loss") / ranks.size();
     tokens += ranks.size() * data.batch() * kTokens;
@@ -110,7 +112,7 @@ absl::Status write_gradients(const std::vector<Parameter*>& parameters, const st
   return nn::write_safetensors(path, tensors);
 }
 
-void print_head(nn::Model& model, std::string_view text, const ByteData& data,
+void print_head(nn::LanguageModel& model, std::string_view text, const ByteData& data,
                 const DemoOptions& options, const distributed::Communicator& ranks) {
   std::int64_t count = 0;
   for (const Parameter* p : model.parameters()) {
@@ -127,26 +129,27 @@ void print_head(nn::Model& model, std::string_view text, const ByteData& data,
 
 }  // namespace
 
-std::unique_ptr<nn::Model> demo_model(Device device) {
+std::unique_ptr<nn::LanguageModel> demo_model(Device device) {
   auto config = nn::JsonReader::parse(kConfig, "demo");
   ensure(config.ok(), "the demo's config does not parse: {}", config.status().ToString());
-  auto model = nn::build_model(*config, {device, DType::f32});
+  auto model = nn::build_language_model(*config, {device, DType::f32});
   ensure(model.ok(), "the demo's model cannot be built: {}", model.status().ToString());
   return *std::move(model);
 }
 
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
+  if (kBatch % ranks != 0) {
+    return absl::InvalidArgumentError(
+        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks));
+  }
+  const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
+  return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
+}
+
 absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ranks) {
-  const auto text = options.text.empty() ? read_fortunes() : read_text(options.text);
+  const auto text = demo_text(options, ranks.size());
   if (!text.ok()) {
     return text.status();
-  }
-  if (text->size() < 20 * kTokens) {
-    return absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
-                                                  options.text, 20 * kTokens, text->size()));
-  }
-  if (kBatch % ranks.size() != 0) {
-    return absl::InvalidArgumentError(
-        fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks.size()));
   }
   const ByteData data(*text, kBatch / ranks.size(), kTokens);
   const auto model = demo_model(cpu);
@@ -159,6 +162,9 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     reducer.emplace(ranks, trainer.parameters());
     trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
     trainer.hooks.after = [&] { reducer->finish(); };
+    if (ranks.rank() != 0) {
+      trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
+    }
   }
   const bool prints = ranks.rank() == 0;
   if (!options.gradients_out.empty()) {

@@ -6,10 +6,11 @@
 #include <string>
 
 #include <absl/status/status.h>
+#include <absl/status/statusor.h>
 
 #include "core/tensor.h"
 #include "distributed/communicator.h"
-#include "nn/models/model.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::train {
 
@@ -18,12 +19,17 @@ struct DemoOptions {
   double seconds = 170;                // of training
   std::string policy = "inputs-only";  // while training, and for gradients_out
   std::string gradients_out;           // write one step's gradients there (safetensors) and end
+  double learning_rate = 1e-3;         // the highest, after the warmup
   std::uint64_t seed = 1;
   bool quiet = false;  // no progress line
 };
 
 // About 10 M parameters: bytes in, 8 blocks of width 320.
-std::unique_ptr<nn::Model> demo_model(Device device);
+std::unique_ptr<nn::LanguageModel> demo_model(Device device);
+
+// The text to learn, after a look at all that can be wrong with the options: InvalidArgument,
+// NotFound. Starts nothing, so that it can be asked before other ranks are there.
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks);
 
 // Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
 // when the policies' gradients differ or a prediction is off.

@@ -103,6 +103,7 @@ std::string family(const std::string& text) {
   sigprocmask(SIG_SETMASK, &mask, nullptr);
   setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 1);
   setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 1);
+  setenv("OMPI_MCA_orte_execute_quiet", "1", 1);  // ranks say what is wrong, without a banner
   if (geteuid() == 0) {
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
@@ -205,7 +206,12 @@ class Supervisor {
       return 128 + signal_;
     }
     const int status = status_.value_or(1);
-    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    const int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    if (code > 128) {  // what was killed could not say it
+      std::fprintf(stderr, "reprise: a rank was ended by signal %d (%s)\n", code - 128,
+                   strsignal(code - 128));
+    }
+    return code;
   }
 
   const pid_t mpirun_;

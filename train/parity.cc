@@ -19,6 +19,7 @@
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
+#include "train/digest.h"
 
 namespace reprise::train {
 namespace {
@@ -53,46 +54,71 @@ struct Subject {
 
 using Values = std::map<std::string, Tensor>;
 
-absl::StatusOr<Tensor> read_ids(const SafetensorsFile& file, const std::string& key,
-                                const Shape* shape) {
-  absl::StatusOr<Tensor> tensor = file.read(key);
-  if (!tensor.ok()) {
-    return tensor;
+// What each input must be; [B, T] is that of in.input_ids.
+struct Input {
+  std::string_view key;
+  Tensor nn::Batch::*to;
+  DType dtype;
+  bool tokens;  // [B, T], or [3, B, T] for positions
+  std::string_view expected;
+};
+constexpr Input kInputs[] = {
+    {"in.input_ids", &nn::Batch::ids, DType::i64, true, "i64 [B, T]"},
+    {"in.labels", &nn::Batch::labels, DType::i64, true, "i64 [B, T]"},
+    {"in.attention_mask", &nn::Batch::mask, DType::i64, true, "i64 [B, T]"},
+    {"in.position_ids", &nn::Batch::positions, DType::i64, true, "i64 [B, T] or [3, B, T]"},
+    {"in.im_mask", &nn::Batch::image_tokens, DType::i64, true, "i64 [B, T]"},
+    {"in.pixel_values", &nn::Batch::pixels, DType::f32, false, "f32"},
+    {"in.image_grid_thw", &nn::Batch::grids, DType::i64, false, "i64 [images, 3]"},
+};
+
+bool fits(const Input& input, const Tensor& tensor, const std::optional<Shape>& tokens) {
+  if (tensor.dtype() != input.dtype) {
+    return false;
   }
-  const bool fits = tensor->dtype() == DType::i64 && tensor->rank() == 2 &&
-                    (shape == nullptr || tensor->shape() == *shape);
-  if (!fits) {
-    return absl::InvalidArgumentError(
-        fmt::format("{}: {} must be i64 [B, T]{}, got {} {}", file.path(), key,
-                    shape != nullptr ? " = " + to_string(*shape) : "", name(tensor->dtype()),
-                    to_string(tensor->shape())));
+  if (!input.tokens) {
+    return input.to != &nn::Batch::grids || (tensor.rank() == 2 && tensor.size(1) == 3);
   }
-  return tensor;
+  if (!tokens) {
+    return tensor.rank() == 2;
+  }
+  const bool three = input.to == &nn::Batch::positions && tensor.rank() == 3;
+  return tensor.shape() == (three ? Shape{3, (*tokens)[0], (*tokens)[1]} : *tokens);
 }
 
 absl::Status read_inputs(Case& result) {
   const SafetensorsFile& file = *result.file;
-  const absl::StatusOr<Tensor> ids = read_ids(file, "in.input_ids", nullptr);
-  if (!ids.ok()) {
-    return ids.status();
-  }
-  result.batch.ids = *ids;
-  const Shape shape = ids->shape();
   for (const nn::StoredTensor& stored : file.tensors()) {
-    Tensor* const to = stored.name == "in.labels"           ? &result.batch.labels
-                       : stored.name == "in.attention_mask" ? &result.batch.mask
-                       : stored.name == "in.position_ids"   ? &result.batch.positions
-                                                            : nullptr;
-    if (to != nullptr) {
-      const absl::StatusOr<Tensor> tensor = read_ids(file, stored.name, &shape);
-      if (!tensor.ok()) {
-        return tensor.status();
-      }
-      *to = *tensor;
-    } else if (stored.name.starts_with("in.") && stored.name != "in.input_ids") {
-      return absl::UnimplementedError(fmt::format(
-          "{}: {} is not an input of the models that are supported", file.path(), stored.name));
+    const bool known =
+        std::ranges::any_of(kInputs, [&](const Input& input) { return input.key == stored.name; });
+    if (stored.name.starts_with("in.") && !known) {
+      return absl::UnimplementedError(
+          fmt::format("{}: {} is not an input that any model takes", file.path(), stored.name));
     }
+  }
+  std::optional<Shape> tokens;  // input_ids come first in the table
+  for (const Input& input : kInputs) {
+    if (file.find(std::string(input.key)) == nullptr) {
+      continue;
+    }
+    const absl::StatusOr<Tensor> tensor = file.read(std::string(input.key));
+    if (!tensor.ok()) {
+      return tensor.status();
+    }
+    if (!fits(input, *tensor, tokens)) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: {} must be {}{}, got {} {}", file.path(), input.key, input.expected,
+                      input.tokens && tokens ? " = " + to_string(*tokens) : "",
+                      name(tensor->dtype()), to_string(tensor->shape())));
+    }
+    result.batch.*input.to = *tensor;
+    if (input.to == &nn::Batch::ids) {
+      tokens = tensor->shape();
+    }
+  }
+  if (!result.batch.ids.defined() && !result.batch.pixels.defined()) {
+    return absl::InvalidArgumentError(file.path() +
+                                      ": has neither in.input_ids nor in.pixel_values");
   }
   return absl::OkStatus();
 }
@@ -320,21 +346,12 @@ absl::StatusOr<ParityRow> compare(const Case& parity, const std::string& key, co
   return compared(key, std::move(a), std::move(b), tolerance);
 }
 
-// FNV-1a over names and bytes.
 std::string digest_of(const Values& values) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&](const void* bytes, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {
-      hash = (hash ^ static_cast<const unsigned char*>(bytes)[i]) * 0x100000001b3u;
-    }
-  };
+  Digest digest;
   for (const auto& [key, tensor] : values) {
-    add(key.data(), key.size());
-    if (tensor.numel() > 0) {
-      add(tensor.raw(), static_cast<std::size_t>(tensor.bytes()));
-    }
+    digest.add(key, tensor);
   }
-  return fmt::format("{:016x}", hash);
+  return digest.text();
 }
 
 // The first key at which they differ by a bit; empty when they do not.
@@ -388,10 +405,12 @@ absl::Status compute(const Case& parity, Subject& subject, const ParityOptions& 
            });
   };
   try {
-    if (asked("out.logits")) {
-      values["out.logits"] = subject.model->logits(parity.batch).tensor();
+    if (asked("out.")) {
+      for (const nn::NamedOutput& output : subject.model->outputs(parity.batch)) {
+        values["out." + output.name] = output.value.tensor();
+      }
     }
-    if (parity.batch.labels.defined()) {
+    if (subject.model->has_loss(parity.batch)) {
       run_policies(subject, parity, options, values, report);
       if (asked("steps.loss") && parity.optimizer) {
         const std::vector<float> losses = step_losses(subject, parity, options.policy);

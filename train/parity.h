@@ -48,7 +48,7 @@ struct ParityRow {
 
 struct ParityPolicy {
   std::string name;
-  std::string digest;            // of loss and gradients, 16 hexadecimal digits
+  std::string digest;            // of loss and gradients, 32 hexadecimal digits
   bool equal = true;             // bitwise to the first one
   std::string first_difference;  // the key, when not equal
 };

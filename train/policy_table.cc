@@ -5,9 +5,9 @@
 #include <cmath>
 
 #include <fmt/format.h>
-#include <xxhash.h>
 
 #include "autograd/dry_run.h"
+#include "train/digest.h"
 #include "train/progress.h"
 
 namespace reprise::train {
@@ -35,18 +35,13 @@ nn::Batch on(const nn::Batch& batch, Device device) {
 }  // namespace
 
 std::string gradient_digest(const std::vector<Parameter*>& parameters) {
-  XXH3_state_t* state = XXH3_createState();
-  XXH3_128bits_reset(state);
+  Digest digest;
   for (const Parameter* p : parameters) {
     if (p->has_gradient()) {
-      const Tensor gradient = p->gradient();
-      XXH3_128bits_update(state, p->name().data(), p->name().size());
-      XXH3_128bits_update(state, gradient.raw(), static_cast<std::size_t>(gradient.bytes()));
+      digest.add(p->name(), p->gradient());
     }
   }
-  const XXH128_hash_t hash = XXH3_128bits_digest(state);
-  XXH3_freeState(state);
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
+  return digest.text();
 }
 
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,

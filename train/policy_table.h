@@ -19,7 +19,7 @@ struct PolicyRow {
   std::int64_t measured_bytes = 0;
   double step_ms = 0;  // forward and backward, median
   std::int64_t replayed_records = 0;
-  std::string digest;  // XXH3-128 over names and bytes of all gradients
+  std::string digest;  // of names and bytes of all gradients
 };
 
 // Names and bytes of all gradients, in order of registration. Parameters without one are skipped.

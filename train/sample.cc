@@ -33,7 +33,7 @@ std::int64_t draw(const float* logits, std::int64_t count, double temperature,
 
 }  // namespace
 
-std::string sample_text(nn::Model& model, std::string_view prompt, std::int64_t count,
+std::string sample_text(nn::LanguageModel& model, std::string_view prompt, std::int64_t count,
                         std::int64_t window, double temperature, Generator& generator) {
   if (prompt.empty()) {
     fail("sample", "the prompt must have at least one byte");

@@ -1,8 +1,6 @@
 #include "train/text.h"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <set>
 
 #include <fmt/format.h>
@@ -10,23 +8,10 @@
 #include <utf8.h>
 
 #include "core/error.h"
+#include "nn/weights/replace_file.h"
 
 namespace reprise::train {
 namespace {
-
-constexpr std::size_t kLeastBytes = 1000;
-
-absl::StatusOr<std::string> read_file(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) {
-    return absl::NotFoundError(fmt::format("{}: cannot be read", path.string()));
-  }
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (file.bad()) {
-    return absl::DataLossError(fmt::format("{}: reading failed", path.string()));
-  }
-  return text;
-}
 
 absl::Status check_utf8(const std::filesystem::path& path, std::string_view text) {
   const auto bad = utf8::find_invalid(text.begin(), text.end());
@@ -39,30 +24,32 @@ absl::Status check_utf8(const std::filesystem::path& path, std::string_view text
 
 }  // namespace
 
-absl::StatusOr<std::string> read_text(const std::filesystem::path& path) {
+absl::StatusOr<std::string> read_text(const std::filesystem::path& path, std::int64_t least_bytes) {
   std::error_code error;
   if (std::filesystem::is_directory(path, error)) {
     return absl::InvalidArgumentError(
         fmt::format("{}: is a directory, a text file is needed", path.string()));
   }
-  auto text = read_file(path);
-  if (!text.ok()) {
-    return text;
+  std::string text;
+  absl::Status status = nn::read_file(path.string(), text);
+  if (status.ok() && text.empty()) {
+    status = absl::InvalidArgumentError(fmt::format("{}: the file is empty", path.string()));
   }
-  if (text->empty()) {
-    return absl::InvalidArgumentError(fmt::format("{}: the file is empty", path.string()));
+  if (status.ok()) {
+    status = check_utf8(path, text);
   }
-  if (absl::Status status = check_utf8(path, *text); !status.ok()) {
+  if (status.ok() && static_cast<std::int64_t>(text.size()) < least_bytes) {
+    status = absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
+                                                    path.string(), least_bytes, text.size()));
+  }
+  if (!status.ok()) {
     return status;
-  }
-  if (text->size() < kLeastBytes) {
-    return absl::InvalidArgumentError(fmt::format("{}: at least {} bytes are needed, got {}",
-                                                  path.string(), kLeastBytes, text->size()));
   }
   return text;
 }
 
-absl::StatusOr<std::string> read_fortunes(const std::filesystem::path& directory) {
+absl::StatusOr<std::string> read_fortunes(std::int64_t least_bytes,
+                                          const std::filesystem::path& directory) {
   std::error_code error;
   std::set<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
@@ -72,16 +59,15 @@ absl::StatusOr<std::string> read_fortunes(const std::filesystem::path& directory
   }
   std::string all;
   for (const auto& path : files) {
-    auto text = read_file(path);
-    if (!text.ok()) {
-      return text;
+    std::string text;
+    if (absl::Status status = nn::read_file(path.string(), text); !status.ok()) {
+      return status;
     }
-    if (absl::Status status = check_utf8(path, *text); !status.ok()) {
-      continue;  // one old collection is not UTF-8
+    if (check_utf8(path, text).ok()) {  // one old collection is not
+      all += text;
     }
-    all += *text;
   }
-  if (all.size() < kLeastBytes) {
+  if (static_cast<std::int64_t>(all.size()) < least_bytes) {
     return absl::NotFoundError(fmt::format(
         "{}: no quotations found: install Debian's package `fortunes`, or give --text FILE",
         directory.string()));
@@ -91,9 +77,9 @@ absl::StatusOr<std::string> read_fortunes(const std::filesystem::path& directory
 
 ByteData::ByteData(std::string_view text, std::int64_t batch, std::int64_t tokens)
     : batch_(batch), tokens_(tokens) {
-  if (static_cast<std::int64_t>(text.size()) < 20 * tokens) {
-    fail("data", "text must have at least 20 windows of {} bytes, got {} bytes", tokens,
-         text.size());
+  if (static_cast<std::int64_t>(text.size()) < least_bytes(tokens)) {
+    fail("data", "text must have at least {} windows of {} bytes, got {} bytes", kLeastWindows,
+         tokens, text.size());
   }
   const std::size_t cut = text.size() - text.size() / 10;
   train_ = text.substr(0, cut);

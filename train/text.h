@@ -18,19 +18,22 @@ namespace reprise::train {
 
 inline constexpr std::int64_t kByteVocabulary = 256;
 
-// The whole file. InvalidArgument when it is empty, too short to train on, or not UTF-8 (names the
-// byte); NotFound when it cannot be read.
-absl::StatusOr<std::string> read_text(const std::filesystem::path& path);
+// The whole file. InvalidArgument when it is empty, shorter than `least_bytes`, or not UTF-8 (names
+// the byte); NotFound when it is not there.
+absl::StatusOr<std::string> read_text(const std::filesystem::path& path, std::int64_t least_bytes);
 
 // The quotations of Debian's `fortunes` packages, in the order of the file names.
 absl::StatusOr<std::string> read_fortunes(
-    const std::filesystem::path& directory = "/usr/share/games/fortunes");
+    std::int64_t least_bytes, const std::filesystem::path& directory = "/usr/share/games/fortunes");
 
 // Batches of B windows of T bytes, drawn at random places; labels are the ids (the model's loss
 // shifts). The last tenth of the text is for validation.
 class ByteData {
  public:
-  // Throws Error when the text is shorter than 20 T.
+  // The shortest text there can be: 20 windows.
+  static constexpr std::int64_t kLeastWindows = 20;
+  static constexpr std::int64_t least_bytes(std::int64_t tokens) { return kLeastWindows * tokens; }
+  // Throws Error when the text is shorter than that.
   ByteData(std::string_view text, std::int64_t batch, std::int64_t tokens);
   // Training windows, drawn from (generator); on meta the ids are real all the same.
   nn::Batch draw(Generator& generator, Device device = cpu) const;

@@ -3,14 +3,22 @@
 
 #include <cstdint>
 #include <functional>
+#include <string_view>
 #include <vector>
 
 #include "autograd/tape.h"
+#include "core/error.h"
 #include "core/philox.h"
 #include "nn/models/model.h"
 #include "nn/optimizer/adamw.h"
 
 namespace reprise::train {
+
+// Thrown for a loss that is not finite: the text names the step and the first op whose output is
+// not. Also for gradients that are not: the step and the first parameter.
+class Diverged : public Error {
+  using Error::Error;
+};
 
 struct TrainerOptions {
   nn::AdamWOptions adamw;
@@ -22,24 +30,27 @@ struct TrainerOptions {
 struct SweepHooks {
   std::function<void(BackwardOptions&)> before;
   std::function<void()> after;
+  // Once, with the trainable parameters that the loss does not reach; empty: a line to standard
+  // error.
+  std::function<void(const std::vector<Parameter*>&)> unreached;
 };
 
 class Trainer {
  public:
   // The model's trainable parameters are the optimizer's. `generator` feeds its dropout. Both must
-  // outlive the trainer.
+  // outlive the trainer. Throws Error when everything is frozen.
   Trainer(nn::Model& model, Generator& generator, TrainerOptions options);
 
   // What happens around backward, for reduction over ranks.
   SweepHooks hooks;
 
   // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
-  // where a step is a dry run with the same allocations. Throws Error when the loss is not finite:
-  // it names the step and the first op with a non-finite output; nothing was updated.
+  // where a step is a dry run with the same allocations. Throws Diverged before anything is
+  // updated.
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
-  // Loss without gradients, in evaluation mode.
+  // Loss without gradients, in evaluation mode. Throws Diverged.
   double evaluate(const nn::Batch& batch);
 
   std::int64_t steps() const { return steps_; }
@@ -48,8 +59,11 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
+  void report_unreached(const std::vector<Parameter*>& parameters);
+  // The factor that clips the gradients.
+  double clip_scale();
   [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
-                                       double loss);
+                                       double loss, std::string_view when);
 
   nn::Model& model_;
   Generator& generator_;
@@ -58,6 +72,7 @@ class Trainer {
   nn::AdamW optimizer_;
   Tape tape_;
   std::int64_t steps_ = 0;
+  bool unreached_reported_ = false;
 };
 
 }  // namespace reprise::train

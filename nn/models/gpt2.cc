@@ -11,17 +11,19 @@
 #include "autograd/shape.h"
 #include "nn/blocks.h"
 #include "nn/initialize.h"
+#include "nn/models/limits.h"
 
 namespace reprise::nn {
 
 Gpt2Config read_gpt2_config(JsonReader& json) {
   Gpt2Config config;
-  config.vocabulary = json.integer_from(1, "vocab_size", 50257);
-  config.positions = json.integer_from(1, "n_positions", 1024);
-  config.width = json.integer_from(1, "n_embd", 768);
-  config.layers = json.integer_from(0, "n_layer", 12);
-  config.heads = json.integer_from(1, "n_head", 12);
-  config.inner = json.integer_from(1, "n_inner", 4 * config.width);
+  config.vocabulary = json.integer_between(1, kMostTokens, "vocab_size", 50257);
+  config.positions = json.integer_between(1, kMostPositions, "n_positions", 1024);
+  config.width = json.integer_between(1, kMostWidth, "n_embd", 768);
+  config.layers = json.integer_between(0, kMostLayers, "n_layer", 12);
+  config.heads = json.integer_between(1, kMostHeads, "n_head", 12);
+  config.inner =
+      json.integer_between(1, 4 * kMostWidth, "n_inner", json.status().ok() ? 4 * config.width : 1);
   config.activation = read_activation(json, "activation_function", "gelu_new");
   config.epsilon = json.number("layer_norm_epsilon", 1e-5);
   config.embedding_dropout = read_dropout(json, "embd_pdrop", 0.1);

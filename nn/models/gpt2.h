@@ -10,7 +10,7 @@
 #include "nn/linear.h"
 #include "nn/models/activation.h"
 #include "nn/models/attend.h"
-#include "nn/models/model.h"
+#include "nn/models/language_model.h"
 #include "nn/norm.h"
 
 namespace reprise::nn {
@@ -81,7 +81,7 @@ class Gpt2Trunk : public Module {
   double embedding_dropout_;
 };
 
-class Gpt2 : public Model {
+class Gpt2 : public LanguageModel {
  public:
   Gpt2(const Gpt2Config& config, Place place);
 

@@ -6,7 +6,9 @@
 
 #include "autograd/elementwise.h"
 #include "autograd/shape.h"
+#include "core/error.h"
 #include "nn/blocks.h"
+#include "nn/models/limits.h"
 
 namespace reprise::nn {
 
@@ -113,6 +115,11 @@ Variable Llama::hidden(const Batch& batch) {
 Rotation Llama::rotation(const Batch& batch) const {
   const Tensor positions = positions_of(batch);  // [T] or [B, T]
   const std::vector<std::int64_t> at = positions.to_vector<std::int64_t>();
+  for (const std::int64_t position : at) {
+    if (position < 0 || position >= kMostPositions) {
+      fail("model", "positions must be from 0 to {}, got {}", kMostPositions - 1, position);
+    }
+  }
   const std::int64_t length = at.empty() ? 0 : *std::max_element(at.begin(), at.end()) + 1;
   const std::vector<float> frequencies = rope_frequencies(config_.rope, length);
   const Shape half{static_cast<std::int64_t>(frequencies.size())};

@@ -14,7 +14,7 @@
 #include "nn/linear.h"
 #include "nn/models/activation.h"
 #include "nn/models/attend.h"
-#include "nn/models/model.h"
+#include "nn/models/language_model.h"
 #include "nn/norm.h"
 #include "nn/rope_config.h"
 
@@ -95,7 +95,7 @@ class LlamaTrunk : public Module {
   RmsNorm norm;
 };
 
-class Llama : public Model {
+class Llama : public LanguageModel {
  public:
   Llama(const LlamaConfig& config, Place place);
 
@@ -114,7 +114,7 @@ class Llama : public Model {
   std::optional<Linear> lm_head;  // unless tied
 
  private:
-  std::string write_config() const override;
+  std::string write_config() const override;  // in llama_config.cc, beside its reader
   Rotation rotation(const Batch& batch) const;
 
   LlamaConfig config_;

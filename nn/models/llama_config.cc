@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "nn/models/attend.h"
+#include "nn/models/limits.h"
 #include "nn/models/llama.h"
 
 namespace reprise::nn {
@@ -10,10 +11,13 @@ namespace {
 
 // The window of each layer; nothing when no layer has one.
 std::vector<std::int64_t> read_windows(JsonReader& json, std::int64_t layers) {
-  const bool on = json.boolean("use_sliding_window", false);
-  const std::int64_t window = json.integer_from(1, "sliding_window", 4096);
+  // Off, the size means nothing and may be anything; on, an absent size is the class default, and
+  // null is no window at all.
+  const bool on = json.boolean("use_sliding_window", false) && !json.is_null("sliding_window");
+  const std::int64_t window = on ? json.integer("sliding_window", 4096) : 0;
   const std::int64_t first = json.integer_from(0, "max_window_layers", 28);
-  std::vector<std::int64_t> windows(static_cast<std::size_t>(layers), 0);
+  std::vector<std::int64_t> windows(static_cast<std::size_t>(std::max<std::int64_t>(layers, 0)), 0);
+  bool used = false;
   if (json.has("layer_types")) {
     const std::vector<std::string> types = json.strings("layer_types");
     if (json.status().ok() && types.size() != windows.size()) {
@@ -23,24 +27,29 @@ std::vector<std::int64_t> read_windows(JsonReader& json, std::int64_t layers) {
     }
     for (std::size_t i = 0; i < types.size() && i < windows.size(); ++i) {
       if (types[i] == "sliding_attention") {
+        if (!on) {
+          json.refuse("layer_types",
+                      "must not have sliding_attention without use_sliding_window and a "
+                      "sliding_window");
+        }
         windows[i] = window;
+        used = true;
       } else if (types[i] != "full_attention") {
         json.refuse("layer_types", fmt::format("must hold full_attention or sliding_attention, got "
                                                "\"{}\"",
                                                types[i]));
       }
     }
-    if (json.status().ok() && !on &&
-        std::any_of(windows.begin(), windows.end(), [](auto w) { return w > 0; })) {
-      json.refuse("use_sliding_window", "must be true when layer_types has sliding_attention");
-    }
   } else if (on) {
     for (std::int64_t i = first; i < layers; ++i) {
       windows[static_cast<std::size_t>(i)] = window;
+      used = true;
     }
   }
-  const bool any = std::any_of(windows.begin(), windows.end(), [](auto w) { return w > 0; });
-  return any ? windows : std::vector<std::int64_t>{};
+  if (json.status().ok() && used && window < 1) {
+    json.refuse("sliding_window", fmt::format("must be at least 1, got {}", window));
+  }
+  return used ? windows : std::vector<std::int64_t>{};
 }
 
 void check_heads(JsonReader& json, const LlamaConfig& config) {
@@ -88,18 +97,20 @@ LlamaConfig read_llama_config(JsonReader& json, std::string_view type) {
   const bool qwen = type == "qwen2";
   LlamaConfig config;
   config.type = type;
-  config.vocabulary = json.integer_from(1, "vocab_size", qwen ? 151936 : 32000);
-  config.width = json.integer_from(1, "hidden_size", 4096);
-  config.inner = json.integer_from(1, "intermediate_size", qwen ? 22016 : 11008);
-  config.layers = json.integer_from(0, "num_hidden_layers", 32);
-  config.heads = json.integer_from(1, "num_attention_heads", 32);
+  config.vocabulary = json.integer_between(1, kMostTokens, "vocab_size", qwen ? 151936 : 32000);
+  config.width = json.integer_between(1, kMostWidth, "hidden_size", 4096);
+  config.inner = json.integer_between(1, kMostWidth, "intermediate_size", qwen ? 22016 : 11008);
+  config.layers = json.integer_between(0, kMostLayers, "num_hidden_layers", 32);
+  config.heads = json.integer_between(1, kMostHeads, "num_attention_heads", 32);
   // An absent key is 32 for Qwen2's class; null, and Llama's default, is the number of heads.
-  const bool absent = std::ranges::count(json.keys(), "num_key_value_heads") == 0;
-  config.kv_heads = json.integer_from(1, "num_key_value_heads", qwen && absent ? 32 : config.heads);
-  config.head_size = json.integer_from(
-      1, "head_dim",
+  const bool absent = !json.has("num_key_value_heads") && !json.is_null("num_key_value_heads");
+  config.kv_heads = json.integer_between(1, kMostHeads, "num_key_value_heads",
+                                         qwen && absent ? 32 : config.heads);
+  config.head_size = json.integer_between(
+      1, kMostHeadSize, "head_dim",
       std::max<std::int64_t>(config.width / std::max<std::int64_t>(config.heads, 1), 1));
-  config.positions = json.integer_from(1, "max_position_embeddings", qwen ? 32768 : 2048);
+  config.positions =
+      json.integer_between(1, kMostPositions, "max_position_embeddings", qwen ? 32768 : 2048);
   config.activation = read_activation(json, "hidden_act", "silu");
   config.epsilon = json.number("rms_norm_eps", 1e-6);
   check_heads(json, config);
@@ -113,15 +124,13 @@ LlamaConfig read_llama_config(JsonReader& json, std::string_view type) {
   }
   config.initializer_range = json.number("initializer_range", 0.02);
   if (json.has("pad_token_id")) {
-    // A negative id counts from the end of the table in the reference; -1 there means none.
+    // A negative id counts from the end of the table, as in the reference: -1 is the last row.
     const std::int64_t id = json.integer("pad_token_id");
-    if (json.status().ok() && id >= config.vocabulary) {
-      json.refuse("pad_token_id",
-                  fmt::format("must be below vocab_size = {}, got {}", config.vocabulary, id));
+    if (json.status().ok() && (id >= config.vocabulary || id < -config.vocabulary)) {
+      json.refuse("pad_token_id", fmt::format("must be from {} to below vocab_size = {}, got {}",
+                                              -config.vocabulary, config.vocabulary, id));
     }
-    if (id >= 0) {
-      config.padding = id;
-    }
+    config.padding = id < 0 ? config.vocabulary + id : id;
   }
   config.tied = json.boolean("tie_word_embeddings", false);
   return config;

@@ -1,14 +1,7 @@
 #include "nn/models/model.h"
 
-#include <algorithm>
-
 #include <fmt/format.h>
 
-#include "autograd/cross_entropy.h"
-#include "autograd/linear_cross_entropy.h"
-#include "autograd/matmul.h"
-#include "autograd/shape.h"
-#include "nn/linear.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
@@ -62,34 +55,6 @@ const Kind* find_kind(JsonReader& config) {
   return nullptr;
 }
 
-void expect_ids(std::string_view argument, const Tensor& tensor, const Shape& shape) {
-  if (tensor.dtype() != DType::i64 || tensor.shape() != shape) {
-    fail("model", "{} must be i64 [B, T] = {}, got {} {}", argument, to_string(shape),
-         name(tensor.dtype()), to_string(tensor.shape()));
-  }
-}
-
-// Column t holds the label of t + 1, -100 at the end of each text.
-Tensor shifted(const Batch& batch) {
-  const std::int64_t B = batch.labels.size(0), T = batch.labels.size(1);
-  const std::vector<std::int64_t> labels = batch.labels.to_vector<std::int64_t>();
-  std::vector<std::int64_t> targets(labels.size(), -100);
-  for (std::int64_t b = 0; b < B; ++b) {
-    for (std::int64_t t = 0; t + 1 < T; ++t) {
-      targets[static_cast<std::size_t>(b * T + t)] =
-          labels[static_cast<std::size_t>(b * T + t + 1)];
-    }
-    if (!batch.starts.empty()) {
-      for (const std::int64_t start : batch.starts[static_cast<std::size_t>(b)]) {
-        if (start > 0) {
-          targets[static_cast<std::size_t>(b * T + start - 1)] = -100;
-        }
-      }
-    }
-  }
-  return Tensor::from(targets, Shape{B * T}, batch.labels.device());
-}
-
 }  // namespace
 
 std::vector<std::string> supported_models() {
@@ -113,86 +78,6 @@ absl::StatusOr<std::unique_ptr<Model>> build_model(JsonReader& config, Place pla
   }
   model->set_source(config.text());
   return model;
-}
-
-void Model::check(const Batch& batch) const {
-  if (!batch.ids.defined() || batch.ids.rank() != 2 || batch.ids.dtype() != DType::i64) {
-    fail("model", "ids must be i64 [B, T], got {}",
-         batch.ids.defined()
-             ? fmt::format("{} {}", name(batch.ids.dtype()), to_string(batch.ids.shape()))
-             : "nothing");
-  }
-  const Shape& shape = batch.ids.shape();
-  for (const auto& [argument, tensor] :
-       {std::pair("labels", &batch.labels), std::pair("mask", &batch.mask),
-        std::pair("positions", &batch.positions)}) {
-    if (tensor->defined()) {
-      expect_ids(argument, *tensor, shape);
-    }
-  }
-  if (batch.starts.empty()) {
-    return;
-  }
-  if (static_cast<std::int64_t>(batch.starts.size()) != shape[0]) {
-    fail("model", "starts must have B = {} rows, got {}", shape[0], batch.starts.size());
-  }
-  for (const std::vector<std::int64_t>& row : batch.starts) {
-    const bool ascending =
-        std::adjacent_find(row.begin(), row.end(), std::greater_equal<>()) == row.end();
-    if (row.empty() || row.front() != 0 || !ascending ||
-        row.back() >= std::max<std::int64_t>(shape[1], 1)) {
-      fail("model", "starts of a row must ascend from 0 and stay below T = {}, got [{}]", shape[1],
-           fmt::join(row, ", "));
-    }
-  }
-}
-
-Variable Model::logits(const Batch& batch) {
-  Variable x = hidden(batch);  // [B, T, C]
-  Linear* const own = head();
-  return own != nullptr ? (*own)(std::move(x)) : linear(std::move(x), embedding_table(), {});
-}
-
-Variable Model::loss(const Batch& batch, const LossOptions& options) {
-  if (!batch.labels.defined()) {
-    fail("loss", "the batch has no labels");
-  }
-  if (options.items && !(*options.items > 0)) {
-    fail("loss", "items must be above 0, got {}", *options.items);
-  }
-  Variable x = hidden(batch);  // [B, T, C]
-  const std::int64_t rows = x.size(0) * x.size(1);
-  const Tensor targets = shifted(batch);  // [B T]
-  x = reshape(std::move(x), Shape{rows, x.size(2)});
-  Linear* const own = head();
-  const double items = options.items.value_or(0);
-  if (own != nullptr && (own->lora() != nullptr || own->bias.defined())) {
-    return cross_entropy((*own)(std::move(x)), targets, items);
-  }
-  return linear_cross_entropy(std::move(x), own != nullptr ? own->weight : embedding_table(),
-                              targets, items);
-}
-
-Tensor Model::positions_of(const Batch& batch, bool every_row) {
-  if (batch.positions.defined()) {
-    return batch.positions;
-  }
-  const std::int64_t B = batch.ids.size(0), T = batch.ids.size(1);
-  const bool same = batch.starts.empty() && !every_row;
-  const std::int64_t rows = same ? 1 : B;
-  std::vector<std::int64_t> positions;
-  for (std::int64_t b = 0; b < rows; ++b) {
-    std::size_t text = 0;
-    for (std::int64_t t = 0; t < T; ++t) {
-      const auto* const starts =
-          batch.starts.empty() ? nullptr : &batch.starts[static_cast<std::size_t>(b)];
-      while (starts != nullptr && text + 1 < starts->size() && (*starts)[text + 1] <= t) {
-        ++text;
-      }
-      positions.push_back(t - (starts != nullptr ? (*starts)[text] : 0));
-    }
-  }
-  return Tensor::from(positions, same ? Shape{T} : Shape{B, T}, batch.ids.device());
 }
 
 }  // namespace reprise::nn

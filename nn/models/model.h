@@ -1,4 +1,5 @@
-// What all language models have in common: tokens in, hidden states, logits or a loss out.
+// What every model is: a module that a folder of weights and a config.json build, with a loss to
+// train and outputs to look at.
 //
 //   absl::StatusOr<std::unique_ptr<Model>> model = load_model("gpt2/");   // nn/weights/folder.h
 //   Tape tape;
@@ -23,16 +24,21 @@ namespace reprise::nn {
 class Linear;
 class JsonReader;
 
-// B rows of T tokens. Integer tensors are i64 [B, T] and real also in a dry run.
+// B rows of T tokens, and images. Integer tensors are i64 and real also in a dry run.
 struct Batch {
-  Tensor ids;
-  Tensor labels;     // unshifted: the target of position t is labels[t + 1]; -100 is ignored
-  Tensor mask;       // optional: 1 token, 0 padding, which no query sees
-  Tensor positions;  // optional: 0 .. T-1 otherwise
+  Tensor ids;     // [B, T]
+  Tensor labels;  // [B, T], unshifted: the target of position t is labels[t + 1]; -100 is ignored
+  Tensor mask;    // optional, [B, T]: 1 token, 0 padding, which no query sees
+  Tensor positions;  // optional, [B, T] or [3, B, T]: 0 .. T-1 otherwise, or as the model counts
   // Optional: several texts in one row, each seeing itself only. Row b consists of texts that start
   // at starts[b], ascending from 0. Positions begin anew in each unless they are given; so does the
   // loss: nothing is predicted across a border.
   std::vector<std::vector<std::int64_t>> starts;
+  // Images, already pre-processed, as the model takes them: f32 [images, 3, S, S], or rows of
+  // patches [P, 3 t p p] with `grids`. They fill the image tokens of the rows of ids in order.
+  Tensor pixels;
+  Tensor grids;         // i64 [images, 3]: frames / 2, height, width in patches
+  Tensor image_tokens;  // i64 [B, T]: 1 at image tokens, for models whose ids do not tell
 };
 
 struct LossOptions {
@@ -40,40 +46,37 @@ struct LossOptions {
   std::optional<double> items;
 };
 
+struct NamedOutput {
+  std::string name;  // "logits", "image_embeds", "hidden"
+  Variable value;
+};
+
 class Model : public Module {
  public:
-  // [B, T] -> [B, T, C], after the last norm. Throws Error when the batch does not fit the model.
-  virtual Variable hidden(const Batch& batch) = 0;
-  // [B, T, V].
-  Variable logits(const Batch& batch);
-  // Causal language modelling: mean cross-entropy over the labels that are not -100. The logits
-  // never exist as a whole, unless the head carries an adapter or a bias.
-  Variable loss(const Batch& batch, const LossOptions& options = {});
+  // The loss that the model is trained with, f32 []. Throws Error when the batch does not fit.
+  virtual Variable loss(const Batch& batch, const LossOptions& options = {}) = 0;
+  // Whether the batch has what the loss is made of.
+  virtual bool has_loss(const Batch&) const { return true; }
+  // What it computes besides.
+  virtual std::vector<NamedOutput> outputs(const Batch& batch) = 0;
 
   // Random values for training from scratch.
   virtual void initialize(Generator& generator) = 0;
 
-  virtual std::string_view type() const = 0;    // "llama", as config.json has it
-  virtual std::int64_t vocabulary() const = 0;  // V
-  virtual std::int64_t max_positions() const = 0;
-  // The output head; null when it is the embedding table.
-  virtual Linear* head() = 0;
-  virtual Parameter& embedding_table() = 0;  // [V, C]
+  virtual std::string_view type() const = 0;  // "llama", as config.json has it
+  // The output head, which no adapter for all linear layers goes on; null when there is none.
+  virtual Linear* head() { return nullptr; }
+  // Before the paths of all but the head: files of the bare trunk lack it.
+  virtual std::string_view trunk_prefix() const { return ""; }
+  // Tensors of old files that are no parameters.
+  virtual bool is_buffer(std::string_view) const { return false; }
+
   // The config.json that the model was built from, or one that says the same, for a folder that
   // loads back.
   std::string config_json() const { return source_.empty() ? write_config() : source_; }
   void set_source(std::string config) { source_ = std::move(config); }
-  // Before the paths of all but the head: files of the bare trunk lack it.
-  virtual std::string_view trunk_prefix() const = 0;
-  // Tensors of old files that are no parameters.
-  virtual bool is_buffer(std::string_view key) const = 0;
 
  protected:
-  // Common checks of a batch: ids [B, T] i64, the others likewise.
-  void check(const Batch& batch) const;
-  // Those given [B, T], or counted from the start of each text: [T] when rows do not differ, unless
-  // `every_row`.
-  static Tensor positions_of(const Batch& batch, bool every_row = false);
   virtual std::string write_config() const = 0;
 
  private:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <new>
 #include <set>
 
 #include <fmt/format.h>
@@ -56,12 +57,17 @@ std::string config_with_dtype(const std::string& text, DType dtype) {
   return config.dump(2) + "\n";
 }
 
+// Those that the model's own files hold.
+std::vector<NamedParameter> weights_of_file(Model& model) {
+  std::vector<NamedParameter> entries = model.named_parameters();
+  std::erase_if(entries, [](const NamedParameter& entry) { return entry.adapter; });
+  return entries;
+}
+
 std::vector<NamedTensor> weights_of(Model& model) {
   std::vector<NamedTensor> tensors;
-  for (const NamedParameter& entry : model.named_parameters()) {
-    if (!entry.adapter) {
-      tensors.push_back({entry.path, entry.parameter->value()});
-    }
+  for (const NamedParameter& entry : weights_of_file(model)) {
+    tensors.push_back({entry.path, entry.parameter->value()});
   }
   return tensors;
 }
@@ -104,12 +110,20 @@ absl::Status write_shards(const std::string& folder,
   return replace_file(inside(folder, kIndex), index.dump(2) + "\n");
 }
 
+// "model-00001-of-00003.safetensors" as a save writes it: other files are the user's.
+bool is_shard(std::string_view file) {
+  constexpr std::string_view kForm = "model-#####-of-#####.safetensors";
+  return std::ranges::equal(file, kForm, [](char c, char form) {
+    return form == '#' ? c >= '0' && c <= '9' : c == form;
+  });
+}
+
 // Weights of an earlier save would be read in place of, or beside, the new ones.
 absl::Status remove_old_weights(const std::string& folder, std::size_t shards) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(folder, error)) {
     const std::string file = entry.path().filename().string();
-    const bool shard = file.starts_with("model-") && file.ends_with(".safetensors");
+    const bool shard = is_shard(file);
     const bool current = shard && file.ends_with(fmt::format("-of-{:05}.safetensors", shards));
     const bool old = shards == 1 ? shard || file == kIndex : file == kSingle || (shard && !current);
     if (old) {
@@ -213,25 +227,19 @@ std::string key_in(const WeightFolder& weights, const Model& model, const std::s
   return path;
 }
 
-absl::Status load_weights(const std::string& folder, Model& model, bool map) {
-  const absl::StatusOr<WeightFolder> opened = WeightFolder::open(folder);
-  if (!opened.ok()) {
-    return opened.status();
-  }
-  const WeightFolder& weights = *opened;
+namespace {
+
+// Names first, all at once, then the shape and type of each.
+absl::Status check_weights(const WeightFolder& weights, Model& model) {
   std::vector<std::string> missing, unexpected;
   std::set<std::string> used;
-  for (const NamedParameter& entry : model.named_parameters()) {
-    if (entry.adapter) {
-      continue;
-    }
+  for (const NamedParameter& entry : weights_of_file(model)) {
     const std::string key = key_in(weights, model, entry.path);
-    const SafetensorsFile* const file = weights.find(key);
-    if (file == nullptr) {
+    if (weights.find(key) == nullptr) {
       missing.push_back(entry.path);
-      continue;
+    } else {
+      used.insert(key);
     }
-    used.insert(key);
   }
   for (const std::string& name : weights.names()) {
     const bool tied_head = model.head() == nullptr && name == "lm_head.weight";
@@ -240,7 +248,7 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map) {
     }
   }
   if (!missing.empty() || !unexpected.empty()) {
-    std::string text = folder + ":";
+    std::string text = weights.folder() + ":";
     if (!missing.empty()) {
       text += fmt::format(" {} tensors are missing: {}", missing.size(), listed(missing));
     }
@@ -250,28 +258,47 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map) {
     }
     return absl::InvalidArgumentError(text);
   }
-  for (const NamedParameter& entry : model.named_parameters()) {
-    if (entry.adapter) {
-      continue;
-    }
+  for (const NamedParameter& entry : weights_of_file(model)) {
     const std::string key = key_in(weights, model, entry.path);
-    const SafetensorsFile& file = *weights.find(key);
-    Parameter& parameter = *entry.parameter;
-    const Tensor& value = parameter.value();
-    const bool in_place =
-        map && value.device() == cpu && file.find(key)->type == stored_type(value.dtype());
-    // Also when it stays mapped: the shape must fit.
+    const Tensor& value = entry.parameter->value();
     const absl::Status status =
-        in_place ? file.read_into(key, Tensor::empty(value.shape(), value.dtype(), meta))
-                 : file.read_into(key, parameter.write());
+        weights.find(key)->read_into(key, Tensor::empty(value.shape(), value.dtype(), meta));
     if (!status.ok()) {
       return status;
     }
+  }
+  return absl::OkStatus();
+}
+
+// Of a folder that was checked.
+absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
+  for (const NamedParameter& entry : weights_of_file(model)) {
+    const std::string key = key_in(weights, model, entry.path);
+    const SafetensorsFile& file = *weights.find(key);
+    Parameter& parameter = *entry.parameter;
+    const bool in_place = map && parameter.value().device() == cpu &&
+                          file.find(key)->type == stored_type(parameter.value().dtype());
     if (in_place) {
       parameter.bind_value(*file.read(key));
+      continue;
+    }
+    const absl::Status status = file.read_into(key, parameter.write());
+    if (!status.ok()) {
+      return status;
     }
   }
   return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status load_weights(const std::string& folder, Model& model, bool map) {
+  const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
+  if (!weights.ok()) {
+    return weights.status();
+  }
+  const absl::Status status = check_weights(*weights, model);
+  return status.ok() ? read_weights(*weights, model, map) : status;
 }
 
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
@@ -280,15 +307,30 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
   if (!config.ok()) {
     return config.status();
   }
-  absl::StatusOr<std::unique_ptr<Model>> model = build_model(*config, options.place);
-  if (!model.ok()) {
-    return model;
+  try {
+    // Without memory first: sizes that the files do not have are refused before anything is
+    // allocated for them.
+    absl::StatusOr<std::unique_ptr<Model>> shapes =
+        build_model(*config, {meta, options.place.dtype});
+    if (!shapes.ok()) {
+      return shapes;
+    }
+    const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
+    if (!weights.ok()) {
+      return weights.status();
+    }
+    absl::Status status = check_weights(*weights, **shapes);
+    if (!status.ok()) {
+      return status;
+    }
+    absl::StatusOr<std::unique_ptr<Model>> model = build_model(*config, options.place);
+    status = model.ok() ? read_weights(*weights, **model, options.map) : model.status();
+    return status.ok() ? std::move(model) : status;
+  } catch (const Error& error) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", folder, error.what()));
+  } catch (const std::bad_alloc&) {
+    return absl::InvalidArgumentError(folder + ": there is not enough memory for the model");
   }
-  const absl::Status status = load_weights(folder, **model, options.map);
-  if (!status.ok()) {
-    return status;
-  }
-  return model;
 }
 
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options) {

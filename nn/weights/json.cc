@@ -13,13 +13,13 @@ using nlohmann::json;
 
 const json kNull;
 
+std::string cut(std::string_view text) {
+  return text.size() > 60 ? std::string(text.substr(0, 57)) + "..." : std::string(text);
+}
+
 // Values as the file has them, long ones cut.
 std::string shown(const json& value) {
-  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
-  if (text.size() > 60) {
-    text = text.substr(0, 57) + "...";
-  }
-  return text;
+  return cut(value.dump(-1, ' ', false, json::error_handler_t::replace));
 }
 
 bool is_whole(const json& value) {
@@ -50,6 +50,13 @@ absl::StatusOr<JsonReader> JsonReader::parse(const std::string& text, const std:
           too_deep = too_deep || depth > kMaxDepth;
           return !too_deep;
         });
+  } catch (const json::out_of_range& error) {
+    // "... number overflow parsing '1e400'"
+    const std::string_view text_of = error.what();
+    const std::size_t quote = text_of.find('\'');
+    return absl::InvalidArgumentError(
+        fmt::format("{}: the number {} is too large", path,
+                    quote == std::string_view::npos ? "there" : cut(text_of.substr(quote))));
   } catch (const json::exception& error) {
     const auto* const where = dynamic_cast<const json::parse_error*>(&error);
     return absl::InvalidArgumentError(
@@ -68,6 +75,11 @@ absl::StatusOr<JsonReader> JsonReader::parse(const std::string& text, const std:
 
 bool JsonReader::has(std::string_view key) const {
   return !value(key).is_null();
+}
+
+bool JsonReader::is_null(std::string_view key) const {
+  const auto found = at_->find(std::string(key));
+  return found != at_->end() && found->is_null();
 }
 
 std::vector<std::string> JsonReader::keys() const {
@@ -116,6 +128,16 @@ std::int64_t JsonReader::integer_from(std::int64_t least, std::string_view key,
   const std::int64_t result = integer(key, otherwise);
   if (document_->status.ok() && result < least) {
     refuse(key, fmt::format("must be at least {}, got {}", least, result));
+  }
+  return result;
+}
+
+std::int64_t JsonReader::integer_between(std::int64_t least, std::int64_t most,
+                                         std::string_view key,
+                                         std::optional<std::int64_t> otherwise) {
+  const std::int64_t result = integer_from(least, key, otherwise);
+  if (document_->status.ok() && result > most) {
+    refuse(key, fmt::format("must be at most {}, got {}", most, result));
   }
   return result;
 }

@@ -36,6 +36,8 @@ class JsonReader {
 
   // True when the key is there and not null.
   bool has(std::string_view key) const;
+  // True when the key is there, as null.
+  bool is_null(std::string_view key) const;
   std::vector<std::string> keys() const;
 
   // Without `otherwise` an absent key is an error; null counts as absent.
@@ -43,6 +45,9 @@ class JsonReader {
   // As integer; an error below `least`.
   std::int64_t integer_from(std::int64_t least, std::string_view key,
                             std::optional<std::int64_t> otherwise = {});
+  // As integer; an error outside of [least, most].
+  std::int64_t integer_between(std::int64_t least, std::int64_t most, std::string_view key,
+                               std::optional<std::int64_t> otherwise = {});
   double number(std::string_view key, std::optional<double> otherwise = {});
   bool boolean(std::string_view key, std::optional<bool> otherwise = {});
   std::string string(std::string_view key, std::optional<std::string> otherwise = {});

@@ -13,15 +13,35 @@
 namespace reprise::nn {
 namespace {
 
+namespace fs = std::filesystem;
+
+constexpr int kMostLinks = 40;  // as the kernel has it
+
+std::string folder_of(const std::string& path) {
+  const std::string folder = fs::path(path).parent_path().string();
+  return folder.empty() ? "." : folder;
+}
+
 // Distinguishes temporary files of one process.
 std::atomic<int> next_number{0};
 
 }  // namespace
 
 ReplaceFile::ReplaceFile(std::string path) : path_(std::move(path)) {
+  if (find_target(); !status_.ok()) {
+    return;
+  }
+  const std::string folder = folder_of(path_);
   temporary_ = fmt::format("{}.{}-{}.tmp", path_, ::getpid(), next_number.fetch_add(1));
-  file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  // Without a name until it is whole, so that a killed process leaves nothing behind.
+  file_ = ::open(folder.c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, 0666);
+  named_ = file_ < 0;
+  if (named_) {  // not every file system has such files
+    file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  }
   if (file_ < 0) {
+    fail_with(path_);
+  } else if (mode_ && ::fchmod(file_, *mode_) != 0) {
     fail_with(temporary_);
   }
 }
@@ -29,13 +49,40 @@ ReplaceFile::ReplaceFile(std::string path) : path_(std::move(path)) {
 ReplaceFile::~ReplaceFile() {
   if (file_ >= 0) {
     ::close(file_);
-    ::unlink(temporary_.c_str());
+    if (named_) {
+      ::unlink(temporary_.c_str());
+    }
   }
 }
 
 void ReplaceFile::fail_with(const std::string& path) {
   if (status_.ok()) {
     status_ = absl::ErrnoToStatus(errno, path);
+  }
+}
+
+void ReplaceFile::find_target() {
+  if (path_.empty()) {
+    status_ = absl::InvalidArgumentError("the name of a file to write must not be empty");
+    return;
+  }
+  // As open() would: what a link points to is written, also when it is not there yet.
+  std::error_code error;
+  for (int links = 0; fs::is_symlink(path_, error); ++links) {
+    if (links == kMostLinks) {
+      status_ = absl::InvalidArgumentError(path_ + ": too many symbolic links");
+      return;
+    }
+    const fs::path target = fs::read_symlink(path_, error);
+    path_ = (fs::path(path_).parent_path() / target).string();
+  }
+  struct stat info {};
+  if (::lstat(path_.c_str(), &info) == 0) {
+    if (!S_ISREG(info.st_mode)) {
+      status_ = absl::InvalidArgumentError(path_ + ": is there and is no regular file");
+      return;
+    }
+    mode_ = info.st_mode & 07777;
   }
 }
 
@@ -59,6 +106,14 @@ absl::Status ReplaceFile::commit() {
   if (status_.ok() && ::fsync(file_) != 0) {
     fail_with(temporary_);
   }
+  if (status_.ok() && !named_) {
+    const std::string open_file = fmt::format("/proc/self/fd/{}", file_);
+    named_ =
+        ::linkat(AT_FDCWD, open_file.c_str(), AT_FDCWD, temporary_.c_str(), AT_SYMLINK_FOLLOW) == 0;
+    if (!named_) {
+      fail_with(temporary_);
+    }
+  }
   if (status_.ok() && ::rename(temporary_.c_str(), path_.c_str()) != 0) {
     fail_with(path_);
   }
@@ -68,8 +123,7 @@ absl::Status ReplaceFile::commit() {
   ::close(file_);
   file_ = -1;
   // The name is on disk only once the folder is.
-  const std::string folder = std::filesystem::path(path_).parent_path().string();
-  const int descriptor = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_CLOEXEC);
+  const int descriptor = ::open(folder_of(path_).c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor >= 0) {
     ::fsync(descriptor);
     ::close(descriptor);

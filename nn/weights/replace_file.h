@@ -1,9 +1,11 @@
 // Writes a file all at once: bytes go to a temporary file in the same folder, which takes the place
 // of the target when all of them are on disk. Until then, and after an error, the target is as it
-// was.
+// was. What a symbolic link points to is written, the link stays; an existing target keeps its
+// mode, and must be a regular file.
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -24,9 +26,13 @@ class ReplaceFile {
 
  private:
   void fail_with(const std::string& path);
+  // Follows links, looks at what is there.
+  void find_target();
 
   std::string path_, temporary_;
   int file_ = -1;
+  bool named_ = false;            // the temporary file has a name to remove
+  std::optional<unsigned> mode_;  // of the file that is replaced
   absl::Status status_;
 };
 

@@ -132,6 +132,66 @@ TEST_F(Failures, WithUndoEveryGradientIsAsBeforeAndNotStale) {
   EXPECT_NE(gradients(), before);
 }
 
+TEST_F(Failures, WithUndoAGradientThatACallbackZeroedIsRestored) {
+  Tape tape;
+  Tape::Scope scope(tape);
+  for (bool bound : {false, true}) {
+    zero();
+    if (bound) {
+      w_.bind_gradient(Tensor::zeros({2}, DType::f32));
+      v_.bind_gradient(Tensor::zeros({2}, DType::f32));
+    }
+    backward(forward());
+    const auto before = gradients();
+    BackwardOptions options;
+    options.undo = true;
+    int ready = 0;
+    options.on_ready = [&](Parameter& p) {
+      p.zero_gradient();
+      if (++ready == 2) {
+        throw Injected();
+      }
+    };
+    EXPECT_THROW(backward(forward(), options), Injected);
+    EXPECT_EQ(gradients(), before) << bound;
+    EXPECT_FALSE(w_.stale());
+  }
+}
+
+TEST_F(Failures, WhatIsUnderWayInASweepCannotBeChangedFromOutside) {
+  Tape tape;
+  Tape::Scope scope(tape);
+  backward(forward());
+  BackwardOptions options;
+  options.on_ready = [&](Parameter& ready) {
+    if (&ready == &v_) {  // w comes later
+      EXPECT_EQ(error_of([&] { w_.zero_gradient(); }),
+                "[zero_gradient] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] {
+                  w_.bind_gradient(vec({0, 0}));
+                }),
+                "[bind_gradient] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] { w_.set_grad_dtype(DType::f32); }),
+                "[set_grad_dtype] a sweep still adds to the gradient of w: wait for on_ready");
+      EXPECT_EQ(error_of([&] { w_.set_gradient_present(); }),
+                "[set_gradient_present] a sweep still adds to the gradient of w: wait for "
+                "on_ready");
+      EXPECT_EQ(error_of([&] {
+                  w_.bind_value(vec({0, 0}));
+                }),
+                "[bind_value] a sweep may still read w: wait for on_last_read");
+    }
+    ready.zero_gradient();
+    ready.bind_gradient(Tensor::zeros({2}, DType::f32));
+  };
+  options.on_last_read = [&](Parameter& p) { p.bind_value(vec({9, 9})); };
+  backward(forward(), options);
+  EXPECT_FALSE(w_.has_gradient());
+  EXPECT_EQ(numbers(w_.value()), (std::vector<float>{9, 9}));
+  EXPECT_NO_THROW(w_.bind_value(vec({1, 1})));
+  EXPECT_NO_THROW(w_.zero_gradient());
+}
+
 TEST_F(Failures, ABoundGradientIsAbsentAgain) {
   Tape tape;
   Tape::Scope scope(tape);
@@ -183,6 +243,48 @@ TEST_F(Failures, AForwardThatFailsAtAnyCallLeavesTheTapeUsable) {
       EXPECT_EQ(gradients(), expected) << "k = " << k;
     }
     EXPECT_GE(k, 8);
+  }
+}
+
+// The outer policy is asked at each op of the outer segment, and at its close about what the inner
+// one keeps: there it throws a second time, while the first exception is under way.
+TEST_F(Failures, APolicyThatThrowsLeavesTheTapeUsable) {
+  Tape tape;
+  int calls = 0, fatal = -1;
+  const Policies policies = Policies()
+                                .set("outer",
+                                     [&](const Candidate&) {
+                                       if (++calls >= fatal && fatal > 0) {
+                                         throw Injected();
+                                       }
+                                       return Keep::Drop;
+                                     })
+                                .set("inner", keep_ops({"toy_tanh"}));
+  Tape::Scope scope(tape, policies);
+  auto step = [&] {
+    calls = 0;
+    Variable x = checkpoint("outer", [&] {
+      Variable y = checkpoint("inner", [&] {
+        return toy_square(toy_tanh(toy_mul(vec({1, 2}), w_)));
+      });
+      return toy_square(toy_mul(y, v_));
+    });
+    return toy_sum(x);
+  };
+  backward(step());
+  const auto expected = gradients();
+  const int asked = calls;
+  EXPECT_EQ(asked, 3) << "two ops, and the inner's tanh at the close";
+  for (fatal = 1; fatal <= asked; ++fatal) {
+    zero();
+    EXPECT_THROW(step(), Injected) << fatal;
+    EXPECT_FALSE(tape.state().segment_open()) << fatal;
+    EXPECT_TRUE(tape.state().records().empty()) << fatal;
+    EXPECT_EQ(live(MemoryKind::saved), 0) << fatal;
+    fatal = -fatal;
+    backward(step());
+    EXPECT_EQ(gradients(), expected) << -fatal;
+    fatal = -fatal;
   }
 }
 

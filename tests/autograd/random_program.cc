@@ -310,7 +310,16 @@ float Program::number(int micro_batch, std::int64_t n, std::int64_t i) const {
 }
 
 Program draw_program(std::uint64_t seed) {
-  return Draw(seed).program();
+  Program program = Draw(seed).program();
+  std::mt19937_64 random(seed + 0x6a09e667f3bcc908u);  // the text of a seed stays what it was
+  program.undo = random() % 4 == 0;
+  for (int p = 0; p < Program::kParameters; ++p) {
+    program.bound.push_back(random() % 4 == 0);
+  }
+  if (random() % 3 == 0) {
+    program.scales = {0.5, -3, 1};
+  }
+  return program;
 }
 
 std::string to_string(const Program& program) {
@@ -318,8 +327,11 @@ std::string to_string(const Program& program) {
       fmt::format("program {}: {} micro-batches, {} losses ({} first, with keep)\n", program.seed,
                   program.micro_batches, program.losses, program.first_losses);
   for (std::size_t p = 0; p < program.trainable.size(); ++p) {
-    text += fmt::format("  parameter {} {}\n", p, program.trainable[p] ? "trainable" : "frozen");
+    text += fmt::format("  parameter {} {}{}\n", p, program.trainable[p] ? "trainable" : "frozen",
+                        program.bound[p] ? ", its gradient bound" : "");
   }
+  text += program.undo ? "  with undo\n" : "";
+  text += program.scales.empty() ? "" : "  losses scaled by 0.5, -3, 1 in turn\n";
   int indent = 1;
   for (const Instruction& i : program.text) {
     indent -= i.act == Act::close ? 1 : 0;

@@ -57,9 +57,13 @@ struct Program {
   std::uint64_t seed = 0;
   std::vector<Instruction> text;
   std::vector<bool> trainable;
+  std::vector<bool> bound;     // the gradient lives in storage of the test's
+  bool undo = false;           // of every sweep
+  std::vector<double> scales;  // of the losses in turn; empty: 1
   int micro_batches = 1;
   int losses = 0;
   int first_losses = 0;  // swept with keep, before the others
+  double scale(std::size_t loss) const { return scales.empty() ? 1 : scales[loss % scales.size()]; }
   // Element i of constant number n of a micro-batch.
   float number(int micro_batch, std::int64_t n, std::int64_t i) const;
 };

@@ -57,7 +57,7 @@ class Evaluate {
         bool any = false;
         for (std::size_t i = 0; i < losses_.size(); ++i) {
           if ((static_cast<int>(i) < program_.first_losses) == (sweep == 0) && losses_[i]->needs) {
-            add(*losses_[i], 0, 1, 1);
+            add(*losses_[i], 0, program_.scale(i), std::abs(program_.scale(i)));
             any = true;
           }
         }
@@ -167,11 +167,70 @@ class Evaluate {
     return n;
   }
 
+  NodePtr sum(const NodePtr& a, const NodePtr& b) {
+    NodePtr n = make(a->value.size());
+    for (std::size_t k = 0; k < n->value.size(); ++k) {
+      n->value[k] = a->value[k] + b->value[k];
+      n->bound[k] = a->bound[k] + b->bound[k];
+    }
+    connect(n, a, Doubles(n->value.size(), 1), Doubles(n->value.size(), 1));
+    connect(n, b, Doubles(n->value.size(), 1), Doubles(n->value.size(), 1));
+    return n;
+  }
+  // Elements from `shift` on; without an edge when detached.
+  NodePtr part(const NodePtr& a, std::size_t shift, std::size_t length, bool detached) {
+    NodePtr n = make(length);
+    for (std::size_t k = 0; k < length; ++k) {
+      n->value[k] = a->value[k + shift];
+      n->bound[k] = a->bound[k + shift];
+    }
+    if (!detached) {
+      connect(n, a, Doubles(length, 1), Doubles(length, 1), shift);
+    }
+    return n;
+  }
+  NodePtr total(const NodePtr& a) {
+    NodePtr n = make(1);
+    for (std::size_t k = 0; k < a->value.size(); ++k) {
+      n->value[0] += a->value[k];
+      n->bound[0] += a->bound[k];
+    }
+    if (a->needs) {
+      n->needs = true;
+      n->edges.push_back({a, {}, {}, 0, true});
+    }
+    return n;
+  }
+  NodePtr times(const NodePtr& a, double f) {
+    return map(a, [f](double x, double bound, std::size_t) -> std::array<double, 4> {
+      return {f * x, std::abs(f) * bound, f, std::abs(f)};
+    });
+  }
+  NodePtr square(const NodePtr& a) {
+    return map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
+      return {x * x, bound * bound, 2 * x, 2 * bound};
+    });
+  }
+  NodePtr tangent(const NodePtr& a) {
+    return map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
+      const double y = std::tanh(x), yb = std::max(1.0, bound);
+      return {y, yb, 1 - y * y, 1 + yb * yb};
+    });
+  }
+  NodePtr dropout(const NodePtr& a, float p, std::uint64_t& offset) {
+    NodePtr n = map(a, [&](double x, double bound, std::size_t k) -> std::array<double, 4> {
+      const auto word = philox(program_.seed, offset + k / 4)[k % 4];
+      const double keep = uniform(word) < p ? 0.0 : 1.0 / (1.0 - static_cast<double>(p));
+      return {keep * x, keep * bound, keep, keep};
+    });
+    offset += (a->value.size() + 3) / 4;
+    return n;
+  }
+
   void forward(int micro_batch, std::uint64_t& offset) {
     std::int64_t constants = 0;
     for (const Instruction& i : program_.text) {
       gradients_on_ = !i.no_gradient;
-      NodePtr& d = slots_[static_cast<std::size_t>(i.d)];
       const NodePtr a = slots_[static_cast<std::size_t>(i.a)];
       const NodePtr b = i.b < Program::kSlots ? slots_[static_cast<std::size_t>(i.b)] : nullptr;
       const NodePtr c = slots_[static_cast<std::size_t>(i.c)];
@@ -183,115 +242,25 @@ class Evaluate {
       moved(i.a, 0);
       moved(i.b, 1);
       moved(i.c, 2);
-      const double f = i.factor;
       switch (i.act) {
         case Act::constant:
-          d = source(micro_batch, constants++, false);
-          break;
         case Act::shared:
-          d = source(-1, 50 + i.b, false);
-          break;
         case Act::leaf:
-          d = source(micro_batch, constants++, true);
-          order_.push_back(d);
-          break;
         case Act::parameter:
-          d = parameters_[static_cast<std::size_t>(i.b)];
-          break;
-        case Act::add: {
-          NodePtr n = make(a->value.size());
-          for (std::size_t k = 0; k < n->value.size(); ++k) {
-            n->value[k] = a->value[k] + b->value[k];
-            n->bound[k] = a->bound[k] + b->bound[k];
-          }
-          connect(n, a, Doubles(n->value.size(), 1), Doubles(n->value.size(), 1));
-          connect(n, b, Doubles(n->value.size(), 1), Doubles(n->value.size(), 1));
-          d = n;
-          break;
-        }
-        case Act::mul:
-          d = product(a, b, nullptr);
-          break;
-        case Act::mul_add:
-          d = product(a, b, c);
-          break;
-        case Act::tanh:
-          d = map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
-            const double y = std::tanh(x), yb = std::max(1.0, bound);
-            return {y, yb, 1 - y * y, 1 + yb * yb};
-          });
-          break;
-        case Act::square:
-          d = map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
-            return {x * x, bound * bound, 2 * x, 2 * bound};
-          });
-          break;
-        case Act::scale:
-          d = map(a, [f](double x, double bound, std::size_t) -> std::array<double, 4> {
-            return {f * x, std::abs(f) * bound, f, std::abs(f)};
-          });
-          break;
-        case Act::dropout:
-          d = map(a, [&](double x, double bound, std::size_t k) -> std::array<double, 4> {
-            const auto word = philox(program_.seed, offset + k / 4)[k % 4];
-            const double keep = uniform(word) < i.factor ? 0.0 : 1.0 / (1.0 - f);
-            return {keep * x, keep * bound, keep, keep};
-          });
-          offset += (a->value.size() + 3) / 4;
-          break;
-        case Act::keep:
-          d = map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
-            return {2 * x, 2 * bound, 2, 2};
-          });
+          slots_[static_cast<std::size_t>(i.d)] = source(i, micro_batch, constants);
           break;
         case Act::split: {
-          NodePtr first = map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
-            return {x * x, bound * bound, 2 * x, 2 * bound};
-          });
-          NodePtr second = map(a, [](double x, double bound, std::size_t) -> std::array<double, 4> {
-            return {3 * x, 3 * bound, 3, 3};
-          });
-          d = first;
+          NodePtr first = square(a), second = times(a, 3);
+          slots_[static_cast<std::size_t>(i.d)] = first;
           slots_[static_cast<std::size_t>(i.c)] = second;
           break;
         }
-        case Act::slice: {
-          const auto shift = static_cast<std::size_t>(2 * i.b);
-          NodePtr n = make(2);
-          for (std::size_t k = 0; k < 2; ++k) {
-            n->value[k] = a->value[k + shift];
-            n->bound[k] = a->bound[k + shift];
-          }
-          connect(n, a, {1, 1}, {1, 1}, shift);
-          d = n;
-          break;
-        }
-        case Act::detach: {
-          NodePtr n = make(a->value.size());
-          n->value = a->value;
-          n->bound = a->bound;
-          d = n;
-          break;
-        }
-        case Act::copy:
-          d = a;
-          break;
         case Act::drop:
           slots_[static_cast<std::size_t>(i.a)] = nullptr;
           break;
-        case Act::loss: {
-          NodePtr n = make(1);
-          for (std::size_t k = 0; k < a->value.size(); ++k) {
-            n->value[0] += a->value[k];
-            n->bound[0] += a->bound[k];
-          }
-          if (a->needs) {
-            n->needs = true;
-            n->edges.push_back({a, {}, {}, 0, true});
-          }
-          losses_.push_back(n);
+        case Act::loss:
+          losses_.push_back(total(a));
           break;
-        }
         case Act::want:
           wanted_.push_back(a);
           break;
@@ -300,7 +269,49 @@ class Evaluate {
         case Act::close:
         case Act::escape:
           break;
+        default:
+          slots_[static_cast<std::size_t>(i.d)] = operation(i, a, b, c, offset);
       }
+    }
+  }
+  NodePtr source(const Instruction& i, int micro_batch, std::int64_t& constants) {
+    if (i.act == Act::parameter) {
+      return parameters_[static_cast<std::size_t>(i.b)];
+    }
+    if (i.act == Act::shared) {
+      return source(-1, 50 + i.b, false);
+    }
+    NodePtr n = source(micro_batch, constants++, i.act == Act::leaf);
+    if (i.act == Act::leaf) {
+      order_.push_back(n);
+    }
+    return n;
+  }
+  NodePtr operation(const Instruction& i, const NodePtr& a, const NodePtr& b, const NodePtr& c,
+                    std::uint64_t& offset) {
+    switch (i.act) {
+      case Act::add:
+        return sum(a, b);
+      case Act::mul:
+        return product(a, b, nullptr);
+      case Act::mul_add:
+        return product(a, b, c);
+      case Act::tanh:
+        return tangent(a);
+      case Act::square:
+        return square(a);
+      case Act::scale:
+        return times(a, i.factor);
+      case Act::dropout:
+        return dropout(a, i.factor, offset);
+      case Act::keep:
+        return times(a, 2);
+      case Act::slice:
+        return part(a, static_cast<std::size_t>(2 * i.b), 2, false);
+      case Act::detach:
+        return part(a, 0, a->value.size(), true);
+      default:
+        return a;  // a copy
     }
   }
 

@@ -46,6 +46,10 @@ class Run {
           std::to_string(p), tensor(-1, p), program.trainable[static_cast<std::size_t>(p)]));
       values_.push_back(read(parameters_.back()->value()));
       listed_.push_back(parameters_.back().get());
+      if (program.bound[static_cast<std::size_t>(p)]) {
+        parameters_.back()->bind_gradient(
+            Tensor::zeros({Program::kLength}, DType::f32, options.device));
+      }
     }
   }
 
@@ -69,9 +73,10 @@ class Run {
       }
     }
     std::int64_t gradients = 0;
-    for (auto& p : parameters_) {
-      result_.outcome.gradients.push_back(p->has_gradient() ? read(p->gradient()) : MaybeNumbers());
-      gradients += p->has_gradient() ? p->gradient().bytes() : 0;
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      const Parameter& p = *parameters_[i];
+      result_.outcome.gradients.push_back(p.has_gradient() ? read(p.gradient()) : MaybeNumbers());
+      gradients += p.has_gradient() && !program_.bound[i] ? p.gradient().bytes() : 0;
     }
     if (live() != base + gradients) {
       complain("{} bytes are live at the end, expected {}", live() - base, gradients);
@@ -133,15 +138,19 @@ class Run {
   // The losses in one or two sweeps.
   void sweeps(bool last) {
     std::vector<Variable> first, rest;
+    std::vector<double> first_scale, rest_scale;
     for (std::size_t i = 0; i < losses_.size(); ++i) {
       if (losses_[i].needs_gradient()) {
-        (static_cast<int>(i) < program_.first_losses ? first : rest).push_back(losses_[i]);
+        const bool now = static_cast<int>(i) < program_.first_losses;
+        (now ? first : rest).push_back(losses_[i]);
+        (now ? first_scale : rest_scale).push_back(program_.scale(i));
       }
     }
     losses_.clear();
     if (!first.empty()) {
       BackwardOptions options = listening();
       options.keep = true;
+      options.scale = first_scale;
       backward(first, options);
       count();
     }
@@ -157,6 +166,7 @@ class Run {
       }
     }
     BackwardOptions options = listening();
+    options.scale = rest_scale;
     // After its last read a parameter's data is not looked at any more.
     options.on_last_read = [&](Parameter& p) {
       if (options_.device == cpu) {
@@ -175,6 +185,7 @@ class Run {
 
   BackwardOptions listening() {
     BackwardOptions options;
+    options.undo = program_.undo;
     options.parameters = listed_;
     options.on_plan = [&](const Plan& plan) {
       announced_.clear();
@@ -236,14 +247,14 @@ class Run {
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       Parameter& p = *parameters_[i];
       const bool in_plan = std::ranges::find(announced_, &p) != announced_.end();
-      if (p.stale() != in_plan) {
+      if (p.stale() != (in_plan && !program_.undo)) {
         complain("after a failure {} is {}", p.name(), p.stale() ? "stale" : "not stale");
       }
       if (p.has_gradient() != before[i].has_value()) {
         complain("after a failure {} has {} gradient", p.name(), p.has_gradient() ? "a" : "no");
       } else if (p.has_gradient()) {
         const MaybeNumbers now = read(Parameter::Sweep::present(p));
-        if (now != before[i] && now != options_.clean->gradients[i]) {
+        if (now != before[i] && (program_.undo || now != options_.clean->gradients[i])) {
           complain("after a failure the gradient of {} is neither untouched nor complete",
                    p.name());
         }
@@ -297,22 +308,44 @@ class Run {
     return at;
   }
 
+  Variable source(const Instruction& i) {
+    switch (i.act) {
+      case Act::shared:
+        return shared_[static_cast<std::size_t>(i.b)];
+      case Act::leaf:
+        return Variable::leaf(tensor(micro_batch_, constants_++));
+      case Act::parameter:
+        return Variable(*parameters_[static_cast<std::size_t>(i.b)]);
+      default:
+        return Variable(tensor(micro_batch_, constants_++));
+    }
+  }
+
+  Variable pointwise(const Instruction& i, Variable x) {
+    switch (i.act) {
+      case Act::tanh:
+        return toy_tanh(std::move(x));
+      case Act::square:
+        return toy_square(std::move(x));
+      case Act::scale:
+        return toy_scale(std::move(x), i.factor);
+      case Act::dropout:
+        return toy_dropout(std::move(x), i.factor, generator_);
+      default:
+        return toy_keep(std::move(x));
+    }
+  }
+
   void step(const Instruction& i) {
     Variable& d = slots_[static_cast<std::size_t>(i.d)];
     Variable& a = slots_[static_cast<std::size_t>(i.a)];
     auto input = [&](unsigned k) { return take(k == 0 ? i.a : k == 1 ? i.b : i.c, i.moved, k); };
     switch (i.act) {
       case Act::constant:
-        d = Variable(tensor(micro_batch_, constants_++));
-        break;
       case Act::shared:
-        d = shared_[static_cast<std::size_t>(i.b)];
-        break;
       case Act::leaf:
-        d = Variable::leaf(tensor(micro_batch_, constants_++));
-        break;
       case Act::parameter:
-        d = Variable(*parameters_[static_cast<std::size_t>(i.b)]);
+        d = source(i);
         break;
       case Act::add: {
         Variable x = input(0), y = input(1);
@@ -330,19 +363,11 @@ class Run {
         break;
       }
       case Act::tanh:
-        d = toy_tanh(input(0));
-        break;
       case Act::square:
-        d = toy_square(input(0));
-        break;
       case Act::scale:
-        d = toy_scale(input(0), i.factor);
-        break;
       case Act::dropout:
-        d = toy_dropout(input(0), i.factor, generator_);
-        break;
       case Act::keep:
-        d = toy_keep(input(0));
+        d = pointwise(i, input(0));
         break;
       case Act::split: {
         auto [x, y] = toy_split(input(0));

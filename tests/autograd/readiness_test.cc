@@ -85,6 +85,40 @@ TEST_F(Readiness, UnreachedParametersComeFirstAndAreNamed) {
   EXPECT_FALSE(v_.has_gradient());
 }
 
+TEST_F(Readiness, AParameterGivenTwiceIsAnnouncedOnce) {
+  Parameter unused("unused", vec({1}));
+  EXPECT_EQ(sweep(toy_sum(toy_square(w_)), {&unused, &w_, &unused, &w_}),
+            (Names{"unused x 0", "w x 1"}));
+  EXPECT_EQ(unreached_, (Names{"unused"}));
+}
+
+TEST_F(Readiness, ANullParameterIsANamedError) {
+  EXPECT_EQ(error_of([&] {
+              sweep(toy_sum(toy_square(w_)), {&w_, nullptr});
+            }),
+            "[backward] parameter 1 of the options is null");
+  EXPECT_FALSE(w_.has_gradient());
+}
+
+TEST_F(Readiness, ReachAllMakesAnUnreachedParameterANamedError) {
+  Parameter unused("unused", vec({1}));
+  Parameter* all[] = {&w_, &v_, &frozen_, &unused};
+  int plans = 0;
+  BackwardOptions options;
+  options.parameters = all;
+  options.reach_all = true;
+  options.on_plan = [&](const Plan&) { ++plans; };
+  const Variable loss = toy_sum(toy_mul(w_, frozen_));
+  EXPECT_EQ(error_of([&] { backward(loss, options); }),
+            "[backward] no path leads from the losses to v, unused");
+  EXPECT_EQ(plans, 0);
+  EXPECT_FALSE(w_.has_gradient());
+  options.parameters = std::span(all).first(1);
+  backward(loss, options);
+  EXPECT_EQ(plans, 1);
+  EXPECT_TRUE(w_.has_gradient());
+}
+
 TEST_F(Readiness, TwoLossesCountTogether) {
   Variable h = toy_mul(w_, v_);
   const Variable losses[] = {toy_sum(toy_mul(h, w_)), toy_sum(h)};

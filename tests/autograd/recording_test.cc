@@ -3,6 +3,8 @@
 #include <optional>
 #include <stdexcept>
 
+#include "autograd/norm.h"
+#include "autograd/reduce.h"
 #include "autograd/tape_state.h"
 #include "tests/autograd/tape_fixture.h"
 
@@ -61,6 +63,48 @@ TEST_F(Recording, GradientsOfLeavesAndOfInteriorValues) {
   EXPECT_EQ(numbers(gradients[1]), (std::vector<float>{0.5f, 2}));
   EXPECT_FALSE(gradients[2].defined());
   EXPECT_EQ(numbers(w_.gradient()), (std::vector<float>{4, 9}));
+}
+
+TEST_F(Recording, ALeafThatIsItselfALossKeepsNothingOfASweep) {
+  const Variable x = Variable::leaf(vec({3}));
+  for (bool fails : {false, true, false}) {
+    BackwardOptions options;
+    Parameter* all[] = {&w_};
+    options.parameters = all;
+    if (fails) {
+      options.on_ready = [](Parameter&) { throw std::runtime_error("no"); };
+      EXPECT_THROW(grad({&x, 1}, {&x, 1}, options), std::runtime_error);
+      w_.zero_gradient();
+      continue;
+    }
+    EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, options)[0]), (std::vector<float>{1}));
+    EXPECT_EQ(live(MemoryKind::gradients), 0);
+  }
+  BackwardOptions keep;
+  keep.keep = true;
+  EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1}, keep)[0]), (std::vector<float>{1}));
+  EXPECT_EQ(numbers(grad({&x, 1}, {&x, 1})[0]), (std::vector<float>{1}));
+  EXPECT_EQ(numbers(toy_square(x)), (std::vector<float>{9})) << "it is not stale";
+}
+
+TEST_F(Recording, ABf16ParameterMayBeAnActivationWhenItsGradientIsF32) {
+  const std::vector<bfloat16> values = {to_bfloat16(1), to_bfloat16(-2), to_bfloat16(0.5f)};
+  Parameter p("p", Tensor::from(values, {3})), q("q", Tensor::from(values, {3}));
+  p.set_grad_dtype(DType::f32);
+  for (int sweep = 1; sweep <= 2; ++sweep) {
+    q.zero_gradient();
+    const Variable weight(Tensor::from(values, {3}));
+    for (const Parameter* each : {&p, &q}) {
+      backward(sum(rms_norm(*each, weight, 1e-5)));  // its kernel writes what x is of
+    }
+    EXPECT_EQ(p.gradient().dtype(), DType::f32);
+    std::vector<float> expected;
+    for (const bfloat16 g : q.gradient().to_vector<bfloat16>()) {
+      expected.push_back(to_float(g) * static_cast<float>(sweep));
+      EXPECT_NE(expected.back(), 0);
+    }
+    EXPECT_EQ(numbers(p.gradient()), expected);
+  }
 }
 
 TEST_F(Recording, ScaleIsTheUpstreamGradientOfEachLoss) {
@@ -143,6 +187,29 @@ TEST_F(Recording, NamedValuesAreKeptByTheirPolicy) {
   EXPECT_EQ(replayed(Policies().set("*", keep_all()).set("s", keep_inputs())), 0) << "first wins";
 }
 
+// The buffer under the view is kept, also by an outer segment that knows only the view's name.
+TEST_F(Recording, ANamedViewIsKeptWithItsBuffer) {
+  auto replayed = [&](const Policies& policies, bool nested) {
+    w_.zero_gradient();
+    Tape::Scope scope(tape_, policies);
+    auto block = [&] {
+      Variable y = named(toy_tanh(toy_square(w_)), "whole");
+      y = toy_square(named(toy_slice(y, 0, 1), "part"));
+      return toy_square(y);
+    };
+    backward(toy_sum(
+        checkpoint("outer", [&] { return nested ? checkpoint("inner", block) : block(); })));
+    return tape_.report().replayed_records;
+  };
+  for (bool nested : {false, true}) {
+    // square, tanh, square; the last square's output is not needed
+    EXPECT_EQ(replayed({}, nested), 3) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"part"})), nested), 1) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"whole"})), nested), 1) << nested;
+    EXPECT_EQ(replayed(Policies().set("*", keep_named({"other"})), nested), 3) << nested;
+  }
+}
+
 TEST_F(Recording, PatternsMatchAnyRunOfCharacters) {
   const Policies policies = Policies().set("layers.*.mlp", keep_all()).set("*head", keep_all());
   auto kept = [&](std::string_view name) {
@@ -165,6 +232,22 @@ TEST_F(Recording, TwoTapesMayReadOneParameterInTurn) {
   }
   backward(mine);
   EXPECT_EQ(numbers(w_.gradient()), (std::vector<float>{3 + 1, 3 + 4}));
+}
+
+TEST_F(Recording, AParameterAtTheAddressOfADestroyedOneIsAnotherParameter) {
+  std::optional<Parameter> p(std::in_place, "old", vec({1, 2}));
+  Variable first = toy_square(*p);
+  const Parameter* address = &*p;
+  p.emplace("new", vec({3, 4, 5}));
+  ASSERT_EQ(&*p, address);
+  ASSERT_EQ(p->version(), 0u);
+  Variable loss = toy_sum(toy_square(*p));
+  BackwardOptions options;
+  std::vector<std::string> read;
+  options.on_last_read = [&](Parameter& parameter) { read.push_back(parameter.name()); };
+  backward(loss, options);
+  EXPECT_EQ(numbers(p->gradient()), (std::vector<float>{6, 8, 10}));
+  EXPECT_EQ(read, (std::vector<std::string>{"new"}));
 }
 
 // --- Errors --------------------------------------------------------------------------------------
@@ -200,6 +283,39 @@ TEST_F(TapeErrors, OfInputs) {
             "[device] the Variable is absent");
   EXPECT_EQ(error_of([&] { detach(Variable()); }), "[detach] the Variable is absent");
   EXPECT_EQ(error_of([&] { Variable::leaf(Tensor()); }), "[leaf] the tensor is undefined");
+  EXPECT_EQ(error_of([&] { Variable::leaf(Tensor::zeros({2}, DType::i64)); }),
+            "[leaf] must be of a floating dtype, as its gradient is, got i64");
+}
+
+TEST_F(TapeErrors, OfADestroyedParameter) {
+  auto p = std::make_unique<Parameter>("gone", vec({1, 2}));
+  Variable handle(*p);
+  Variable view = toy_slice(handle, 0, 1);
+  const Variable losses[] = {
+      toy_sum(toy_square(handle)), toy_sum(toy_add(handle, w_)),
+      toy_sum(checkpoint("s", [&] { return toy_square(toy_add(w_, detach(handle))); }))};
+  p.reset();
+  for (const Variable& loss : losses) {
+    EXPECT_EQ(error_of([&] { backward(loss); }),
+              "[backward] parameter gone was destroyed between forward and backward");
+  }
+  EXPECT_EQ(error_of([&] {
+              grad(losses, {&handle, 1});
+            }),
+            "[backward] parameter gone was destroyed between forward and backward");
+  for (const Variable& x : {handle, view}) {
+    EXPECT_EQ(error_of([&] { toy_square(x); }),
+              "[toy_square] input 0 is parameter gone, which was destroyed");
+    EXPECT_EQ(error_of([&] { static_cast<void>(x.tensor()); }),
+              "[tensor] parameter gone was destroyed");
+  }
+  EXPECT_NE(explain(tape_).find("gone "), std::string::npos);
+  tape_.reset();
+  for (const Variable& x : {handle, view}) {
+    EXPECT_EQ(error_of([&] { static_cast<void>(x.tensor()); }),
+              "[tensor] parameter gone was destroyed");
+  }
+  EXPECT_FALSE(w_.has_gradient());
 }
 
 TEST_F(TapeErrors, OfAViewThatOutlivesATruncatedSegment) {
@@ -215,6 +331,42 @@ TEST_F(TapeErrors, OfAViewThatOutlivesATruncatedSegment) {
   tape_.reset();
   EXPECT_EQ(error_of([&] { toy_square(view); }),
             "[toy_square] input 0 is of a tape that was reset (after backward): detach it");
+}
+
+// Two outputs are declared, the second is forgotten; in a replay when `calls` says so.
+class Forgetful final : public Op {
+ public:
+  explicit Forgetful(int& calls) : calls_(calls) {}
+  std::string_view name() const override { return "forgetful"; }
+  std::size_t outputs() const override { return 2; }
+  void forward(Forward& run) const override {
+    run.output(0, run.input(0).shape(), DType::f32).zero();
+    if (calls_-- > 0) {
+      run.output(1, run.input(0).shape(), DType::f32).zero();
+    }
+  }
+  Saved saved(Mask) const override { return {.inputs = 0, .outputs = 3}; }
+  void backward(Backward& run) const override { run.into(0).tensor.zero(); }
+  Cost cost(const Call&) const override { return {}; }
+
+ private:
+  int& calls_;
+};
+
+TEST_F(TapeErrors, OfAnOpThatMakesNotAllOfItsOutputs) {
+  int calls = 0;
+  auto call = [&] { return apply(std::make_unique<Forgetful>(calls), {toy_square(w_)}); };
+  const char* text = "[forgetful] forward made no output 1 of 2";
+  EXPECT_EQ(error_of(call), text);
+  EXPECT_EQ(tape_.report().records, 1) << "the square";
+  EXPECT_EQ(error_of([&] { checkpoint("s", call); }), text);
+  EXPECT_EQ(error_of([&] { no_grad(call); }), text);
+  calls = 1;
+  Variable loss = toy_sum(checkpoint("s", call));
+  EXPECT_EQ(error_of([&] { backward(loss); }), text);
+  w_.zero_gradient();
+  scope_.reset();
+  EXPECT_EQ(error_of(call), text);
 }
 
 TEST_F(TapeErrors, OfBackwardsArguments) {
@@ -237,6 +389,11 @@ TEST_F(TapeErrors, OfBackwardsArguments) {
               grad({&loss, 1}, constant);
             }),
             "[backward] value 0 does not need a gradient");
+  const Variable parameter[] = {Variable(w_)};
+  EXPECT_EQ(error_of([&] {
+              grad({&loss, 1}, parameter);
+            }),
+            "[backward] value 0 is parameter w: call backward() and read its gradient()");
   const Variable absent[] = {Variable()};
   EXPECT_EQ(error_of([&] { grad({&loss, 1}, absent); }), "[backward] value 0 is absent");
   Tape other;
@@ -297,6 +454,9 @@ TEST_F(TapeErrors, OfParameters) {
   w_.bind_gradient(vec({0, 0}));
   EXPECT_EQ(error_of([&] { w_.set_grad_dtype(DType::f32); }),
             "[set_grad_dtype] w has a gradient or a bound storage already");
+  EXPECT_EQ(error_of([&] { Policies().set("layers.*", Policy()); }),
+            "[policy] the policy for segments \"layers.*\" is empty");
+  EXPECT_EQ(error_of([&] { keep_all() | Policy(); }), "[policy] one side of | is empty");
   EXPECT_EQ(error_of([&] { Policies::named("keep-some"); }),
             "[policy] must be one of keep-all, keep-products, inputs-only, nested, got "
             "\"keep-some\"");

@@ -11,14 +11,9 @@ reprise_mutant(released_before_its_last_read FILE value.cc TEST Shards/RandomPro
 reprise_mutant(segment_replayed_twice FILE sweep.cc TEST Replays.ASegmentIsReplayedOnce
   OLD [[          entered_.push_back(s);]] NEW [[]])
 reprise_mutant(hold_from_the_children_s_saved_sets FILE segment.cc TEST Shards/RandomPrograms.*/0
-  OLD [[    if (record.segment == id) {
-      each_saved(record, [&](Value* v) { closure.ask(v); });
-    }
-  }
-  for (std::int32_t c : segment.children) {
-    closure.ask(segments_[static_cast<std::size_t>(c)].hold);
-    closure.ask(segments_[static_cast<std::size_t>(c)].keep);
-  }]] NEW [[    each_saved(record, [&](Value* v) { closure.ask(v); });
+  OLD [[  each_wanted(*this, id, [&](Value* v) { closure.ask(v); });]]
+  NEW [[  for (std::int32_t r = segment.first; r < segment.last; ++r) {
+    each_saved(records_[static_cast<std::size_t>(r)], [&](Value* v) { closure.ask(v); });
   }]])
 reprise_mutant(read_noted_by_the_innermost_segment_only FILE tape.cc TEST Shards/RandomPrograms.*/0
   OLD [[         s = segments_[static_cast<std::size_t>(s)].parent) {
@@ -39,10 +34,10 @@ reprise_mutant(keeps_dropped_at_entry FILE replay.cc TEST Shards/RandomPrograms.
   std::ranges::for_each(plan_.keep[static_cast<std::size_t>(id)], [](Value* v) { ++v->need; });
   std::vector<std::int32_t> run;]])
 reprise_mutant(dead_branches_asked FILE sweep_plan.cc TEST Statement4.AChange*
-  OLD [[      if (live[static_cast<std::size_t>(r)] != 0 &&
-          record.segment]] NEW [[      if (record.segment]])
+  OLD [[    each_wanted(static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });]]
+  NEW [[    reprise::each_wanted(tape_, static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });]])
 reprise_mutant(buffer_taken_from_a_live_handle FILE tape.cc TEST Shards/RandomPrograms.*/0
-  OLD [[v->producer >= 0 && v->handles == 1 &&]] NEW [[v->producer >= 0 && v->handles >= 1 &&]])
+  OLD [[v != nullptr && v->handles == 1 &&]] NEW [[v != nullptr && v->handles >= 1 &&]])
 reprise_mutant(last_read_forgets_replays FILE sweep_plan.cc TEST Readiness.LastReadIsExact
   OLD [[(may_run_[index] == 0 && !saved)]] NEW [[!saved]])
 reprise_mutant(half_written_accumulation FILE gradients.cc TEST Failures.AnOpFailsAtEveryCallOn*
@@ -51,3 +46,15 @@ reprise_mutant(half_written_accumulation FILE gradients.cc TEST Failures.AnOpFai
 reprise_mutant(must_keep_stays_inside FILE segment.cc TEST Replays.MustKeepOutputs*
   OLD [[        parent.kept.push_back(v);
         add_need(v);]] NEW [[]])
+reprise_mutant(gradient_of_a_loss_stays FILE sweep.cc TEST Recording.ALeafThatIsItself*
+  OLD [[      tape_.bind(loss.value());]] NEW [[      static_cast<void>(loss);]])
+reprise_mutant(every_gradient_in_f32 FILE sweep.cc TEST Recording.ABf16Parameter*
+  OLD [[(record_.op->weights() >> i & 1u) != 0;]] NEW [[true;]])
+reprise_mutant(replay_without_its_label FILE replay.cc TEST Labels.Checkpoint*
+  OLD [[  const SegmentLabel label(segment.name);]] NEW [[]])
+reprise_mutant(gradient_free_before_ready FILE parameter.cc TEST Failures.WhatIsUnderWay*
+  OLD [[  p.gradient_pending_ = p.data_pending_ = true;]] NEW [[]])
+reprise_mutant(policy_throws_twice FILE tape.cc TEST Failures.APolicyThatThrows*
+  OLD [[    if (std::uncaught_exceptions() == exceptions_) {]] NEW [[    if (true) {]])
+reprise_mutant(destroyed_parameter_read FILE sweep_plan.cc TEST TapeErrors.OfADestroyedParameter
+  OLD [[  if (leaf->outlived()) {]] NEW [[  if (false) {]])

@@ -1,6 +1,9 @@
 // What config files mean: defaults, spellings, errors; the models' sizes on meta.
+#include <cstdint>
 #include <functional>
+#include <tuple>
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -100,7 +103,9 @@ TEST(Config, OptionsOfLlama) {
   EXPECT_EQ(config.activation, Activation::gelu_tanh);
   EXPECT_EQ(config.padding, 7);
   EXPECT_EQ(config.attention_dropout, 0.25);
-  EXPECT_EQ(llama(R"({"pad_token_id": -1})").padding, std::nullopt);
+  // Counted from the end, as the reference's embedding does.
+  EXPECT_EQ(llama(R"({"pad_token_id": -1})").padding, 31999);
+  EXPECT_EQ(llama(R"({"pad_token_id": -32000})").padding, 0);
   EXPECT_EQ(llama(R"({"pad_token_id": null})").padding, std::nullopt);
   // Not options of Qwen2.
   const LlamaConfig qwen = llama(R"({"attention_bias": false, "mlp_bias": true})", "qwen2");
@@ -126,6 +131,26 @@ TEST(Config, WindowsOfQwen2) {
                     "qwen2")
                   .windows,
               ElementsAre(8, 0, 8));
+  // Null is no window, also when windows are on; absent is the class default.
+  EXPECT_TRUE(llama(R"({"use_sliding_window": true, "sliding_window": null, "max_window_layers": 0,
+                        "num_hidden_layers": 2})",
+                    "qwen2")
+                  .windows.empty());
+  EXPECT_THAT(
+      llama(R"({"use_sliding_window": true, "max_window_layers": 1, "num_hidden_layers": 2})",
+            "qwen2")
+          .windows,
+      ElementsAre(0, 4096));
+  // What no layer uses may be anything.
+  for (const std::string unused : {"0", "-1"}) {
+    EXPECT_TRUE(llama(R"({"use_sliding_window": false, "sliding_window": )" + unused + "}", "qwen2")
+                    .windows.empty());
+    EXPECT_TRUE(
+        llama(R"({"use_sliding_window": true, "max_window_layers": 99, "sliding_window": )" +
+                  unused + "}",
+              "qwen2")
+            .windows.empty());
+  }
   EXPECT_TRUE(llama(R"({"num_hidden_layers": 1, "layer_types": ["full_attention"]})", "qwen2")
                   .windows.empty());
 }
@@ -172,7 +197,9 @@ TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
   EXPECT_EQ(problem(R"({"model_type": "llama", "num_key_value_heads": 5})"),
             "c.json: num_key_value_heads must divide num_attention_heads = 32, got 5");
   EXPECT_EQ(problem(R"({"model_type": "llama", "pad_token_id": 32000})"),
-            "c.json: pad_token_id must be below vocab_size = 32000, got 32000");
+            "c.json: pad_token_id must be from -32000 to below vocab_size = 32000, got 32000");
+  EXPECT_EQ(problem(R"({"model_type": "llama", "pad_token_id": -32001})"),
+            "c.json: pad_token_id must be from -32000 to below vocab_size = 32000, got -32001");
   EXPECT_EQ(problem(R"({"model_type": "llama", "text_config": {"hidden_size": -1}})"),
             "c.json: text_config.hidden_size must be at least 1, got -1");
   EXPECT_EQ(
@@ -183,7 +210,37 @@ TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
             "c.json: layer_types must hold full_attention or sliding_attention, got \"x\"");
   EXPECT_EQ(problem(R"({"model_type": "qwen2", "num_hidden_layers": 1,
                         "layer_types": ["sliding_attention"]})"),
-            "c.json: use_sliding_window must be true when layer_types has sliding_attention");
+            "c.json: layer_types must not have sliding_attention without use_sliding_window and a "
+            "sliding_window");
+  EXPECT_EQ(problem(R"({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 0,
+                        "max_window_layers": 0})"),
+            "c.json: sliding_window must be at least 1, got 0");
+}
+
+// Sizes that only serve to overflow or to fill the memory.
+TEST(Config, SizesHaveAnUpperBound) {
+  const std::vector<std::tuple<std::string, std::string, std::int64_t>> bounds = {
+      {"llama", "vocab_size", 67108864},
+      {"llama", "hidden_size", 1048576},
+      {"llama", "intermediate_size", 1048576},
+      {"llama", "num_hidden_layers", 10000},
+      {"llama", "num_attention_heads", 16384},
+      {"llama", "num_key_value_heads", 16384},
+      {"llama", "head_dim", 16384},
+      {"llama", "max_position_embeddings", 2147483648},
+      {"gpt2", "vocab_size", 67108864},
+      {"gpt2", "n_positions", 2147483648},
+      {"gpt2", "n_embd", 1048576},
+      {"gpt2", "n_inner", 4194304},
+      {"gpt2", "n_layer", 10000},
+      {"gpt2", "n_head", 16384}};
+  for (const auto& [type, key, most] : bounds) {
+    for (const std::int64_t size :
+         {most + 1, std::int64_t{1'000'000'000'000}, std::int64_t{1} << 62, INT64_MAX}) {
+      EXPECT_EQ(problem(fmt::format(R"({{"model_type": "{}", "{}": {}}})", type, key, size)),
+                fmt::format("c.json: {} must be at most {}, got {}", key, most, size));
+    }
+  }
 }
 
 // A model that was not read from a file writes a config that builds the same one.

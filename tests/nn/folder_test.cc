@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "core/allocator.h"
 #include "nn/weights/json.h"
 #include "tests/nn/files.h"
 
@@ -128,6 +129,25 @@ TEST(Folder, ShardsRoundTripAndReplaceEachOther) {
   EXPECT_EQ(std::distance(begin(files), end(files)), 2);
 }
 
+TEST(Folder, ASaveRemovesNoFileOfTheUsers) {
+  const Folder out;
+  const auto model = load(golden("qwen2").string());
+  const std::vector<std::string> own = {
+      "model-ema.safetensors", "model-00001-of-00002-ema.safetensors", "model-1-of-2.safetensors",
+      "model-00001-of-00002.safetensors.bak", "my-model-00001-of-00002.safetensors"};
+  for (const std::string& file : own) {
+    testing::write(out.at(file), file);
+  }
+  testing::write(out.at("model-00007-of-00009.safetensors"), "of an earlier save");
+  for (const std::int64_t bytes : {1 << 30, 20000}) {
+    ASSERT_TRUE(save_model(*model, out.path().string(), {.max_shard_bytes = bytes}).ok());
+    for (const std::string& file : own) {
+      EXPECT_EQ(contents(out.at(file)), file);
+    }
+    EXPECT_FALSE(std::filesystem::exists(out.at("model-00007-of-00009.safetensors")));
+  }
+}
+
 TEST(Folder, ATensorLargerThanAShardStandsAlone) {
   const Folder out;
   const auto model = load(golden("qwen2").string());
@@ -202,6 +222,33 @@ TEST(Folder, AShapeThatDoesNotFitIsAnError) {
   EXPECT_EQ(message(copy.path()),
             copy.folder.at("model.safetensors") +
                 ": tensor \"model.norm.weight\" of type I64 cannot be read as f32");
+}
+
+// config.json may say anything; what the files do not have is not allocated.
+TEST(Folder, SizesOfTheConfigAreCheckedAgainstTheFilesFirst) {
+  const auto with = [](const std::string& key, std::int64_t size) {
+    Copy copy("llama");
+    copy.write();
+    auto json = nlohmann::json::parse(contents(copy.folder.at("config.json")));
+    json[key] = size;
+    testing::write(copy.folder.at("config.json"), json.dump());
+    const absl::Status status = load_model(copy.path()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    const std::string folder = copy.path() + "/";
+    EXPECT_THAT(std::string(status.message()), ::testing::StartsWith(copy.path()));
+    return std::string(status.message().substr(folder.size()));
+  };
+  allocator(cpu).reset_peak();
+  const std::int64_t before = allocator(cpu).report().peak_bytes;
+  EXPECT_EQ(with("vocab_size", 60'000'000),
+            "model.safetensors: tensor \"model.embed_tokens.weight\" must have shape [60000000, "
+            "32], got [101, 32]");
+  EXPECT_THAT(with("num_hidden_layers", 10000), HasSubstr("tensors are missing: "));
+  EXPECT_EQ(with("num_hidden_layers", 3'000'000),
+            "config.json: num_hidden_layers must be at most 10000, got 3000000");
+  EXPECT_EQ(with("hidden_size", std::int64_t{1} << 62),
+            "config.json: hidden_size must be at most 1048576, got 4611686018427387904");
+  EXPECT_LT(allocator(cpu).report().peak_bytes - before, 1 << 20);
 }
 
 TEST(Folder, FilesThatAreNotThere) {

@@ -37,6 +37,8 @@ TEST(Json, ReadsEachKindWithDefaults) {
   EXPECT_TRUE(json.object("none").keys().empty());
   EXPECT_TRUE(json.has("i"));
   EXPECT_FALSE(json.has("z"));
+  EXPECT_TRUE(json.is_null("z"));
+  EXPECT_FALSE(json.is_null("i") || json.is_null("none"));
   EXPECT_TRUE(json.status().ok()) << json.status();
 }
 
@@ -52,6 +54,11 @@ TEST(Json, TellsFileKeyExpectedAndActual) {
             "c.json: a must be a whole number, got 18446744073709551615");
   EXPECT_EQ(problem(R"({"a": 0})", [](JsonReader& j) { j.integer_from(1, "a"); }),
             "c.json: a must be at least 1, got 0");
+  EXPECT_EQ(problem(R"({"a": 9})", [](JsonReader& j) { j.integer_between(1, 8, "a"); }),
+            "c.json: a must be at most 8, got 9");
+  EXPECT_EQ(problem(R"({"a": 0})", [](JsonReader& j) { j.integer_between(1, 8, "a"); }),
+            "c.json: a must be at least 1, got 0");
+  EXPECT_EQ(problem(R"({"a": 8})", [](JsonReader& j) { j.integer_between(1, 8, "a"); }), "");
   EXPECT_EQ(problem(R"({"a": true})", [](JsonReader& j) { j.number("a"); }),
             "c.json: a must be a number, got true");
   EXPECT_EQ(problem(R"({"a": 1})", [](JsonReader& j) { j.boolean("a"); }),
@@ -89,7 +96,9 @@ TEST(Json, RefusesWhatIsNoObject) {
   EXPECT_EQ(message("{} {}"), "c.json: byte 4: not valid JSON");
   EXPECT_EQ(message("[1]"), "c.json: must hold an object, got [1]");
   EXPECT_EQ(message("{\"a\": \"\xff\"}"), "c.json: byte 8: not valid JSON");
-  EXPECT_EQ(message("{\"a\": 1e999}"), "c.json: byte 0: not valid JSON");
+  EXPECT_EQ(message("{\"a\": 1e999}"), "c.json: the number '1e999' is too large");
+  EXPECT_EQ(message("{\"a\": 1" + std::string(1000, '0') + "}"),
+            "c.json: the number '1" + std::string(55, '0') + "... is too large");
   EXPECT_EQ(message("{\"a\":" + std::string(100000, '[') + std::string(100000, ']') + "}"),
             "c.json: nested too deep");
   const testing::Folder folder;

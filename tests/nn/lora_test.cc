@@ -96,11 +96,11 @@ TEST(Lora, SizesOfPublishedAdapters) {
 TEST(Lora, AtFirstTheModelIsUnchangedAndOnlyBHasAGradient) {
   const auto model = load("qwen2_lora");
   const Batch batch = batch_of("qwen2_lora");
-  const std::vector<float> before = model->logits(batch).tensor().to_vector<float>();
+  const std::vector<float> before = model->outputs(batch)[0].value.tensor().to_vector<float>();
   Generator generator{3, 0};
   const LoraConfig config{.rank = 4, .alpha = 8, .all_linear = true};
   add_lora(*model, config, generator);
-  EXPECT_EQ(model->logits(batch).tensor().to_vector<float>(), before);
+  EXPECT_EQ(model->outputs(batch)[0].value.tensor().to_vector<float>(), before);
   backward_of(*model, batch);
   for (const NamedParameter& entry : model->named_parameters()) {
     EXPECT_EQ(entry.parameter->trainable(), entry.adapter) << entry.path;
@@ -185,8 +185,8 @@ TEST(Lora, ASavedAdapterLoadsBackBitwiseUnderPeftsKeys) {
     const auto again = load(name);
     ASSERT_TRUE(load_adapter(*again, out.at("adapter")).ok());
     const Batch batch = batch_of(name);
-    EXPECT_EQ(again->logits(batch).tensor().to_vector<float>(),
-              model->logits(batch).tensor().to_vector<float>());
+    EXPECT_EQ(again->outputs(batch)[0].value.tensor().to_vector<float>(),
+              model->outputs(batch)[0].value.tensor().to_vector<float>());
   }
 }
 
@@ -195,24 +195,25 @@ TEST(Lora, MergedEqualsUnmerged) {
     const auto model = load(name);
     ASSERT_TRUE(load_adapter(*model, (golden(name) / "adapter").string()).ok());
     const Batch batch = batch_of(name);
-    const std::vector<float> apart = model->logits(batch).tensor().to_vector<float>();
+    const std::vector<float> apart = model->outputs(batch)[0].value.tensor().to_vector<float>();
     merge_lora(*model);
     for (const NamedParameter& entry : model->named_parameters()) {
       EXPECT_FALSE(entry.adapter) << entry.path;
     }
-    const std::vector<float> merged = model->logits(batch).tensor().to_vector<float>();
+    const std::vector<float> merged = model->outputs(batch)[0].value.tensor().to_vector<float>();
     double difference = 0, norm = 0;
     for (std::size_t i = 0; i < apart.size(); ++i) {
       difference += std::pow(apart[i] - merged[i], 2);
       norm += std::pow(apart[i], 2);
     }
     EXPECT_LT(std::sqrt(difference / norm), 1e-5);
-    EXPECT_NE(apart, load(name)->logits(batch).tensor().to_vector<float>());
+    EXPECT_NE(apart, load(name)->outputs(batch)[0].value.tensor().to_vector<float>());
     // And it is an ordinary model again.
     const Folder out;
     ASSERT_TRUE(save_model(*model, out.path().string()).ok());
-    EXPECT_EQ((*load_model(out.path().string()))->logits(batch).tensor().to_vector<float>(),
-              merged);
+    EXPECT_EQ(
+        (*load_model(out.path().string()))->outputs(batch)[0].value.tensor().to_vector<float>(),
+        merged);
   }
 }
 
@@ -233,18 +234,18 @@ TEST(Lora, DropoutDrawsForEachLayerInTrainingOnly) {
   LoraConfig config = *load_adapter(*model, (golden("qwen2_lora") / "adapter").string());
   EXPECT_EQ(config.dropout, 0.05);
   const Batch batch = batch_of("qwen2_lora");
-  const auto still = model->logits(batch).tensor().to_vector<float>();
+  const auto still = model->outputs(batch)[0].value.tensor().to_vector<float>();
   Generator generator{1, 0};
   model->train(generator);
-  const auto one = model->logits(batch).tensor().to_vector<float>();
+  const auto one = model->outputs(batch)[0].value.tensor().to_vector<float>();
   const std::uint64_t rows = static_cast<std::uint64_t>(batch.ids.numel());
   // Per block: q, k, v, o, gate, up of width 32, down of width 48.
   EXPECT_EQ(generator.next_offset, 2 * (6 * rows * 32 + rows * 48) / 4);
   EXPECT_NE(one, still);
   generator.next_offset = 0;
-  EXPECT_EQ(model->logits(batch).tensor().to_vector<float>(), one);
+  EXPECT_EQ(model->outputs(batch)[0].value.tensor().to_vector<float>(), one);
   model->evaluate();
-  EXPECT_EQ(model->logits(batch).tensor().to_vector<float>(), still);
+  EXPECT_EQ(model->outputs(batch)[0].value.tensor().to_vector<float>(), still);
 }
 
 TEST(Lora, BiasesMayBeTrainedBesides) {

@@ -24,9 +24,9 @@ const std::string kQwen2 = R"({"model_type": "qwen2", "hidden_size": 24, "interm
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
     "max_position_embeddings": 16)";
 
-std::unique_ptr<Model> build(const std::string& text, Place place = {}) {
+std::unique_ptr<LanguageModel> build(const std::string& text, Place place = {}) {
   JsonReader json = *JsonReader::parse(text + "}", "c.json");
-  auto model = build_model(json, place);
+  auto model = build_language_model(json, place);
   EXPECT_TRUE(model.ok()) << model.status();
   Generator generator{11, 0};
   (*model)->initialize(generator);
@@ -55,7 +55,7 @@ Batch batch_of(const Ids& ids, std::int64_t rows = 1) {
   return batch;
 }
 
-std::vector<float> logits(Model& model, const Batch& batch) {
+std::vector<float> logits(LanguageModel& model, const Batch& batch) {
   return model.logits(batch).tensor().to_vector<float>();
 }
 
@@ -152,7 +152,7 @@ TEST(Models, WindowsLimitWhatQwen2Sees) {
                                        "max_window_layers": 0)");
   Ids changed = kIds;
   changed[0] = 7;
-  const auto same_after = [&](Model& model, std::size_t t) {
+  const auto same_after = [&](LanguageModel& model, std::size_t t) {
     const auto a = logits(model, batch_of(kIds)), b = logits(model, batch_of(changed));
     return std::equal(a.begin() + static_cast<std::ptrdiff_t>(t * 19), a.end(),
                       b.begin() + static_cast<std::ptrdiff_t>(t * 19));
@@ -258,7 +258,7 @@ TEST(Models, PoliciesAreBitwiseEqualWithDropout) {
   const auto model = build(kGpt2);
   const auto llama = build(kLlama + R"(, "attention_dropout": 0.3)");
   const Batch batch = batch_of(kIds);
-  for (Model* each : {model.get(), llama.get()}) {
+  for (LanguageModel* each : {model.get(), llama.get()}) {
     const auto still = gradients(*each, batch);
     Generator generator;
     each->train(generator);
@@ -286,7 +286,7 @@ TEST(Models, ADryRunPredictsThePeak) {
     dry.labels = batch.labels.to(meta);
     for (const std::string& name : Policies::names()) {
       const Policies policies = Policies::named(name);
-      for (Model* model : {real.get(), shapes.get()}) {
+      for (LanguageModel* model : {real.get(), shapes.get()}) {
         for (Parameter* parameter : model->parameters()) {
           parameter->zero_gradient();
         }
@@ -307,7 +307,7 @@ TEST(Models, ADryRunPredictsThePeak) {
 
 TEST(Models, InitialValuesFollowThePaper) {
   JsonReader json = *JsonReader::parse(kGpt2 + "}", "c.json");
-  const auto model = *build_model(json, Place{});
+  const auto model = *build_language_model(json, Place{});
   Generator generator{1, 0};
   model->initialize(generator);
   const auto deviation = [&](const std::string& path) {
@@ -377,6 +377,31 @@ TEST(Models, Mistakes) {
             "[loss] items must be above 0, got 0");
   EXPECT_NE(mistake([&] { (void)model->loss(batch_of({19, 0})); }), "");            // no such token
   EXPECT_NE(mistake([&] { (void)build(kGpt2)->loss(batch_of(Ids(17, 1))); }), "");  // positions end
+}
+
+TEST(Models, ABatchOfNoRowsMayHaveAnyLength) {
+  for (const std::string& text : {kLlama, kGpt2}) {
+    const auto model = build(text);
+    Batch batch;
+    batch.ids = Tensor::empty(Shape{0, std::int64_t{1} << 40}, DType::i64);
+    EXPECT_EQ(model->hidden(batch).tensor().numel(), 0);
+  }
+}
+
+TEST(Models, RotaryPositionsHaveARange) {
+  const auto model = build(kLlama);
+  const auto at = [&](std::int64_t position) {
+    return mistake([&] {
+      Batch batch = batch_of({1, 2});
+      batch.positions = Tensor::from(Ids{0, position}, Shape{1, 2});
+      (void)model->loss(batch);
+    });
+  };
+  EXPECT_EQ(at((std::int64_t{1} << 31) - 1), "");
+  for (const std::int64_t bad : {INT64_MAX, INT64_MIN, std::int64_t{-1}, std::int64_t{1} << 31}) {
+    EXPECT_EQ(at(bad),
+              "[model] positions must be from 0 to 2147483647, got " + std::to_string(bad));
+  }
 }
 
 }  // namespace

@@ -121,7 +121,30 @@ TEST(Rope, TellsWhatIsWrong) {
             "c.json: rope_scaling.factor must be above 0, got 0");
   EXPECT_EQ(problem(R"({"rope_scaling": "linear"})"),
             "c.json: rope_scaling must be an object, got \"linear\"");
-  EXPECT_EQ(problem(R"({"rope_theta": 1})"), "c.json: rope_theta must be above 1, got 1");
+  EXPECT_EQ(problem(R"({"rope_theta": 1})"),
+            "c.json: rope_theta must be above 1 and at most 1e+30, got 1");
+  EXPECT_EQ(problem(R"({"rope_theta": 1e300})"),
+            "c.json: rope_theta must be above 1 and at most 1e+30, got 1e+300");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 0,
+                        "high_freq_factor": 4, "original_max_position_embeddings": 8192}})"),
+            "c.json: rope_scaling.low_freq_factor must be above 0, got 0");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 1,
+                        "high_freq_factor": 4, "original_max_position_embeddings": 1000000000000}})"),
+            "c.json: rope_scaling.original_max_position_embeddings must be at most 2147483648, got "
+            "1000000000000");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": -1}})"),
+            "c.json: rope_scaling.beta_slow must be above 0, got -1");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1,
+                        "beta_slow": 32}})"),
+            "c.json: rope_scaling.beta_fast must be above beta_slow = 32, got 1");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "yarn", "factor": -4}})"),
+            "c.json: rope_scaling.factor must be above 0, got -4");
+  EXPECT_EQ(problem(R"({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 0}})"),
+            "c.json: rope_scaling.attention_factor must be above 0 (as given, or from mscale and "
+            "mscale_all_dim), got 0");
+  EXPECT_EQ(problem(R"({"partial_rotary_factor": 1e300})"),
+            "c.json: partial_rotary_factor must leave an even number of rotated elements from 2 to "
+            "head_dim = 128, got 1.28e+302");
   EXPECT_EQ(problem(R"({"rope_theta": "1e6"})"),
             "c.json: rope_theta must be a number, got \"1e6\"");
   EXPECT_EQ(problem("{}", 7),

@@ -92,6 +92,13 @@ OpCase row(const Setting& s) {
   };
   op.tolerance = 1.5;  // in bf16 the probabilities are rounded too
   op.oracle = [s](const std::vector<Array>& in) { return std::vector<Array>{oracle(s, in)}; };
+  // Two products a visible pair forward; five backward, as the scores are computed again.
+  std::int64_t pairs = 0;
+  for (std::int64_t at = 0; at < s.B * s.T * s.S; ++at) {
+    pairs += sees(s, at / (s.T * s.S), at / s.S % s.T, at % s.S) ? s.H : 0;
+  }
+  op.forward_flops = 2 * 2 * pairs * s.D;
+  op.backward_flops = 5 * 2 * pairs * s.D;
   return op;
 }
 

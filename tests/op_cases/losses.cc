@@ -59,6 +59,8 @@ OpCase cross_entropy_row(const std::string& name, const Shape& shape, double ite
   op.oracle = [items](const std::vector<Array>& in) {
     return std::vector<Array>{cross_entropy_oracle(in[0], in[1], items)};
   };
+  op.forward_flops = 4 * shape.numel();
+  op.backward_flops = 3 * shape.numel();
   return op;
 }
 
@@ -84,6 +86,9 @@ OpCase linear_row(const std::string& name, std::int64_t tokens, std::int64_t wid
     }
     return std::vector<Array>{cross_entropy_oracle(logits, in[2], items)};
   };
+  // The logits and both gradients are formed in forward.
+  op.forward_flops = 3 * 2 * tokens * width * words;
+  op.backward_flops = 0;
   // Logits are held in bf16, and so is their gradient.
   op.tolerance = 1.5;
   return op;

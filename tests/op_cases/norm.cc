@@ -71,6 +71,9 @@ OpCase row(Kind kind, bool residual, const std::string& size, const Shape& shape
   op.run = [=](const std::vector<Variable>& in) { return run(kind, residual, in); };
   op.oracle = [=](const std::vector<Array>& in) { return oracle(kind, residual, in); };
   op.cuda = true;
+  // An element: square, sum, two factors; of layer_norm also the mean, its difference and the bias.
+  op.forward_flops = shape.numel() * ((kind == Kind::rms ? 4 : 7) + (residual ? 1 : 0));
+  op.backward_flops = 2 * op.forward_flops;
   return op;
 }
 

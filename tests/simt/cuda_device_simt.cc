@@ -41,6 +41,8 @@ class ShimMemory final : public MemorySource {
   std::int64_t count_ = 0;
 };
 
+bool in_use = false;
+
 }  // namespace
 
 int cuda_device_count() {
@@ -48,8 +50,12 @@ int cuda_device_count() {
 }
 Allocator& cuda_allocator(Device device) {
   expect_present(device);
+  in_use = true;
   static Allocator instance(device, std::make_unique<ShimMemory>());
   return instance;
+}
+std::vector<Device> cuda_devices_in_use() {
+  return in_use ? std::vector<Device>{{DeviceKind::cuda, 0}} : std::vector<Device>{};
 }
 void cuda_copy(void* to, Device to_device, const void* from, Device, std::size_t bytes) {
   std::memcpy(to, from, bytes);

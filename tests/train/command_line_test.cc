@@ -5,29 +5,18 @@
 #include <string>
 
 #include <gtest/gtest.h>
-#include <sys/wait.h>
+
+#include "tests/train/process.h"
 
 namespace reprise::train {
 namespace {
 
 namespace fs = std::filesystem;
 
-struct Outcome {
-  int code;
-  std::string text;  // standard output and error together
-};
+using testing::Outcome;
 
 Outcome run(const std::string& arguments) {
-  const std::string command = std::string(REPRISE_PROGRAM) + " " + arguments + " 2>&1";
-  FILE* pipe = popen(command.c_str(), "r");
-  Outcome outcome{-1, ""};
-  char buffer[4096];
-  for (std::size_t n; (n = fread(buffer, 1, sizeof buffer, pipe)) > 0;) {
-    outcome.text.append(buffer, n);
-  }
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  return outcome;
+  return testing::run_program(arguments);
 }
 
 class Files : public ::testing::Test {
@@ -73,7 +62,8 @@ TEST_F(CommandLine, NothingAtAllAndBadValues) {
 TEST_F(CommandLine, TextThatCannotBeUsed) {
   const std::string missing = path("missing.txt");
   EXPECT_EQ(run("demo --text " + missing).code, 2);
-  EXPECT_EQ(run("demo --text " + missing).text, "reprise: " + missing + ": cannot be read\n");
+  EXPECT_EQ(run("demo --text " + missing).text,
+            "reprise: " + missing + ": No such file or directory\n");
   const std::string empty = write("empty.txt", "");
   EXPECT_EQ(run("demo --text " + empty).code, 2);
   EXPECT_EQ(run("demo --text " + empty).text, "reprise: " + empty + ": the file is empty\n");
@@ -109,8 +99,9 @@ TEST_F(CommandLine, GradientsOfTwoPoliciesAreTheSameFile) {
 }
 
 TEST_F(CommandLine, DemoLearnsAndItsTableAgrees) {
-  const Outcome outcome = run("demo --quiet --seconds 8");
+  const Outcome outcome = run("demo --seconds 8");
   ASSERT_EQ(outcome.code, 0) << outcome.text;
+  testing::expect_demo_output(outcome.text, 8);
   double before = 0, after = 0;
   ASSERT_EQ(std::sscanf(outcome.text.c_str() + outcome.text.find("Validation loss before:"),
                         "Validation loss before: %lf", &before),

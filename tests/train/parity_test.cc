@@ -1,5 +1,7 @@
 #include "train/parity.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <filesystem>
 #include <functional>
@@ -46,6 +48,50 @@ TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
       };
       EXPECT_GE(badness(report->rows[i - 1]), badness(report->rows[i]));
     }
+  }
+}
+
+// Options that only the reference can vouch for; tests/golden/make_options.py made them.
+constexpr const char* kOptionCases[] = {
+    "llama_biases", "llama_pad_from_end", "llama_linear_rope", "llama_dynamic_rope",
+    "llama_yarn",   "llama_yarn_mscale",  "qwen2_window",      "gpt2_options"};
+
+TEST(Parity, OptionsOfTheModelsPassUnderEveryPolicy) {
+  for (const std::string name : kOptionCases) {
+    const auto report = run_parity(golden(name).string(), {.every_policy = true});
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_TRUE(report->passed()) << name << "\n" << to_text(*report);
+    EXPECT_EQ(report->name, name);
+    const auto file = SafetensorsFile::open((golden(name) / "parity.safetensors").string());
+    const auto compared = std::ranges::count_if(
+        file->tensors(), [](const auto& tensor) { return !tensor.name.starts_with("in."); });
+    EXPECT_EQ(static_cast<std::int64_t>(report->rows.size()), compared);
+  }
+}
+
+// Each option matters: without it the case does not pass.
+TEST(Parity, OptionsOfTheModelsAreSeen) {
+  for (const auto& [name, key, value] : std::vector<std::array<const char*, 3>>{
+           {"llama_pad_from_end", "pad_token_id", "null"},
+           {"llama_linear_rope", "rope_parameters", "null"},
+           {"llama_dynamic_rope", "rope_parameters", "null"},
+           {"llama_yarn", "rope_parameters", "null"},
+           {"llama_yarn_mscale", "rope_parameters", "null"},
+           {"qwen2_window", "use_sliding_window", "false"},
+           {"qwen2_window", "max_window_layers", "0"},
+           {"gpt2_options", "scale_attn_by_inverse_layer_idx", "false"}}) {
+    const Folder folder;
+    std::filesystem::copy(golden(name), folder.path(),
+                          std::filesystem::copy_options::recursive |
+                              std::filesystem::copy_options::overwrite_existing);
+    auto config = nlohmann::json::parse(testing::contents(folder.at("config.json")));
+    ASSERT_TRUE(config.contains(key)) << name;
+    config[key] = nlohmann::json::parse(value);
+    config.erase("layer_types");
+    testing::write(folder.at("config.json"), config.dump());
+    const auto report = run_parity(folder.path().string());
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_FALSE(report->passed()) << name << " without " << key;
   }
 }
 
@@ -246,7 +292,7 @@ TEST(Parity, CasesThatCannotBeRead) {
     return copy.problem();
   };
   EXPECT_EQ(with([](Copy& c) { c.erase([](const auto& key) { return key == "in.input_ids"; }); }),
-            "there is no tensor \"in.input_ids\"");
+            "has neither in.input_ids nor in.pixel_values");
   EXPECT_EQ(with([](Copy& c) { c.at("in.input_ids") = Tensor::zeros(Shape{2}, DType::i64); }),
             "in.input_ids must be i64 [B, T], got i64 [2]");
   EXPECT_EQ(with([](Copy& c) {
@@ -256,9 +302,15 @@ TEST(Parity, CasesThatCannotBeRead) {
   EXPECT_EQ(with([](Copy& c) {
               c.at("in.position_ids") = Tensor::zeros(Shape{3, 2, 14}, DType::i64);
             }),
-            "in.position_ids must be i64 [B, T] = [2, 14], got i64 [3, 2, 14]");
+            "[model] positions must be i64 [B, T] = [2, 14], got i64 [3, 2, 14]");
+  EXPECT_EQ(with([](Copy& c) {
+              c.at("in.position_ids") = Tensor::zeros(Shape{2, 2, 14}, DType::i64);
+            }),
+            "in.position_ids must be i64 [B, T] or [3, B, T] = [2, 14], got i64 [2, 2, 14]");
+  EXPECT_EQ(with([](Copy& c) { c.at("in.surprise") = Tensor::zeros(Shape{1}, DType::f32); }),
+            "in.surprise is not an input that any model takes");
   EXPECT_EQ(with([](Copy& c) { c.at("in.pixel_values") = Tensor::zeros(Shape{1}, DType::f32); }),
-            "in.pixel_values is not an input of the models that are supported");
+            "[model] pixels must be absent: qwen2 takes no images");
   EXPECT_EQ(with([](Copy& c) { c.at("out.logits") = Tensor::zeros(Shape{2}, DType::f32); }),
             "out.logits must have shape [2, 14, 101], got [2]");
   EXPECT_EQ(with([](Copy& c) { c.at("out.loss") = Tensor::zeros(Shape{}, DType::bf16); }),

@@ -1,5 +1,7 @@
 #include "train/text.h"
 
+#include <regex>
+
 #include <gtest/gtest.h>
 
 #include "core/error.h"
@@ -52,7 +54,7 @@ TEST(ByteData, TooShortATextIsAnError) {
 }
 
 TEST(Fortunes, AMissingFolderSaysWhatToInstall) {
-  const auto text = read_fortunes("/nonexistent");
+  const auto text = read_fortunes(1, "/nonexistent");
   ASSERT_FALSE(text.ok());
   EXPECT_EQ(std::string(text.status().message()),
             "/nonexistent: no quotations found: install Debian's package `fortunes`, or give "
@@ -63,6 +65,23 @@ TEST(Suggest, NearestByEditDistance) {
   EXPECT_EQ(nearest("partiy", {"demo", "parity"}), "parity");
   EXPECT_EQ(nearest("xyzzy", {"demo", "parity"}), "");
   EXPECT_EQ(nearest("", {"demo"}), "");
+}
+
+TEST(Progress, TheLineAndWhenItIsShown) {
+  const auto shown = [](bool quiet) {
+    ::testing::internal::CaptureStderr();
+    Progress progress(quiet);
+    progress.show({.step = 1, .loss = 5.25, .tokens = 1024, .fraction = 0.25});
+    progress.show({.step = 2, .loss = 5, .tokens = 2048, .fraction = 0.5});  // too soon
+    progress.show({.step = 3, .loss = 4.5, .tokens = 3072, .fraction = 1}, /*last=*/true);
+    return ::testing::internal::GetCapturedStderr();
+  };
+  const std::string memory = "memory [0-9.]+ [KMG]?i?B \\(peak [0-9.]+ [KMG]?i?B\\)";
+  EXPECT_TRUE(std::regex_match(
+      shown(false), std::regex("step     1  loss 5\\.2500  [0-9]+ tokens/s  " + memory +
+                               "  left 0:00\nstep     3  loss 4\\.5000  [0-9]+ tokens/s  " +
+                               memory + "  left 0:00\n")));
+  EXPECT_EQ(shown(true), "");
 }
 
 TEST(Progress, HumanUnits) {

@@ -221,11 +221,14 @@ TEST(Faults, Silent) {
   }
 }
 
-// The launcher sees these and may end the others before they can speak.
+// The launcher sees these and may end the others before they can speak: its own words name the rank
+// and how it ended.
 TEST(Faults, Dead) {
-  for (const char* fault : {"kill", "exit0", "exit3"}) {
-    check({fault, {""}, {""}});
-  }
+  const std::string rank = "process rank 1 with PID";
+  const std::string code = ",1]\n  Exit code:    3\n";
+  check({"kill", {rank}, {rank}});
+  check({"exit0", {rank}, {rank}});
+  check({"exit3", {code}, {code}});
 }
 
 TEST(Supervise, StartsRanks) {
@@ -240,6 +243,13 @@ TEST(Supervise, HandsOnTheExitCode) {
   const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "exit3", "1"});
   EXPECT_EQ(ended.code, 3) << ended.text;
   EXPECT_TRUE(ended.left.empty());
+}
+
+TEST(Supervise, SaysThatARankWasKilledAndNoMore) {
+  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "kill", "1"});
+  EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
+  EXPECT_EQ(count(ended.text, "reprise: a rank was ended by signal 9 (Killed)\n"), 1) << ended.text;
+  EXPECT_EQ(count(ended.text, "------"), 0) << ended.text;
 }
 
 TEST(Supervise, SignalsEndEverything) {
