@@ -115,16 +115,19 @@ nlohmann::json pattern_json(const ModulePattern& pattern) {
   return pattern.names;
 }
 
-// The parameter of a key of an adapter file; older files lack the trunk's prefix.
+// The parameter of each key of an adapter file, which may have the names of another generation.
 std::map<std::string, Parameter*> by_key(Model& model, const LoraConfig& config,
                                          const SafetensorsFile& file) {
   std::map<std::string, Parameter*> result;
-  const std::string trunk = kPrefix + std::string(model.trunk_prefix());
   for (const NamedParameter& entry : adapter_parameters(model, config)) {
     std::string key = entry.path;
-    if (file.find(key) == nullptr && key.starts_with(trunk)) {
-      const std::string bare = kPrefix + key.substr(trunk.size());
-      key = file.find(bare) != nullptr ? bare : key;
+    if (file.find(key) == nullptr) {
+      for (const FileKey& other : model.file_keys(key.substr(kPrefix.size()))) {
+        if (file.find(kPrefix + other.key) != nullptr) {
+          key = kPrefix + other.key;
+          break;
+        }
+      }
     }
     result.emplace(key, entry.parameter);
   }

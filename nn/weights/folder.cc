@@ -67,7 +67,7 @@ std::vector<NamedParameter> weights_of_file(Model& model) {
 std::vector<NamedTensor> weights_of(Model& model) {
   std::vector<NamedTensor> tensors;
   for (const NamedParameter& entry : weights_of_file(model)) {
-    tensors.push_back({entry.path, entry.parameter->value()});
+    tensors.push_back({model.file_keys(entry.path).front().key, entry.parameter->value()});
   }
   return tensors;
 }
@@ -216,15 +216,24 @@ const SafetensorsFile* WeightFolder::find(std::string_view name) const {
   return found == index_.end() ? nullptr : found->second;
 }
 
-std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path) {
-  const std::string_view prefix = model.trunk_prefix();
-  if (weights.find(path) == nullptr && path.starts_with(prefix)) {
-    const std::string bare = path.substr(prefix.size());
-    if (weights.find(bare) != nullptr) {
-      return bare;
+namespace {
+
+// Where these files hold the parameter; the first place that they may when they do not.
+FileKey place_in(const WeightFolder& weights, const Model& model, const std::string& path) {
+  const std::vector<FileKey> places = model.file_keys(path);
+  for (const FileKey& place : places) {
+    if (weights.find(place.key) != nullptr) {
+      return place;
     }
   }
-  return path;
+  return places.front();
+}
+
+}  // namespace
+
+std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path) {
+  const FileKey place = place_in(weights, model, path);
+  return place.rows == 0 && weights.find(place.key) != nullptr ? place.key : path;
 }
 
 namespace {
@@ -234,9 +243,9 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
   std::vector<std::string> missing, unexpected;
   std::set<std::string> used;
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
+    const std::string key = place_in(weights, model, entry.path).key;
     if (weights.find(key) == nullptr) {
-      missing.push_back(entry.path);
+      missing.push_back(key);
     } else {
       used.insert(key);
     }
@@ -259,10 +268,11 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
     return absl::InvalidArgumentError(text);
   }
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
+    const FileKey place = place_in(weights, model, entry.path);
     const Tensor& value = entry.parameter->value();
+    const Shape shape = place.rows > 0 ? value.shape().with(0, place.rows) : value.shape();
     const absl::Status status =
-        weights.find(key)->read_into(key, Tensor::empty(value.shape(), value.dtype(), meta));
+        weights.find(place.key)->read_into(place.key, Tensor::empty(shape, value.dtype(), meta));
     if (!status.ok()) {
       return status;
     }
@@ -273,16 +283,20 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
 // Of a folder that was checked.
 absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
-    const SafetensorsFile& file = *weights.find(key);
+    const FileKey place = place_in(weights, model, entry.path);
+    const SafetensorsFile& file = *weights.find(place.key);
     Parameter& parameter = *entry.parameter;
     const bool in_place = map && parameter.value().device() == cpu &&
-                          file.find(key)->type == stored_type(parameter.value().dtype());
+                          file.find(place.key)->type == stored_type(parameter.value().dtype());
     if (in_place) {
-      parameter.bind_value(*file.read(key));
+      const Tensor whole = *file.read(place.key);
+      const std::int64_t end = place.first + (place.rows > 0 ? parameter.shape()[0] : 0);
+      parameter.bind_value(place.rows > 0 ? whole.slice(0, place.first, end) : whole);
       continue;
     }
-    const absl::Status status = file.read_into(key, parameter.write());
+    const absl::Status status = place.rows > 0
+                                    ? file.read_rows_into(place.key, place.first, parameter.write())
+                                    : file.read_into(place.key, parameter.write());
     if (!status.ok()) {
       return status;
     }

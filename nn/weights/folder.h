@@ -63,7 +63,8 @@ struct SaveOptions {
 // overwritten file by file; no reader sees half a file. Adapters are not written (see nn/lora.h).
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
 
-// The key of each parameter in the files of `folder`, which may lack the trunk's prefix.
+// The key of the parameter at `path` in these files: that of model.file_keys() which they have. The
+// path itself when they have none, or hold the parameter as rows of a larger tensor.
 std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path);
 
 }  // namespace reprise::nn

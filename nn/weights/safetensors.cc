@@ -274,14 +274,41 @@ absl::Status SafetensorsFile::read_into(std::string_view name, const Tensor& to)
                                                   path_, name, to_string(to.shape()),
                                                   shape_text(tensor.shape)));
   }
+  return convert_into(tensor, at(tensor), to);
+}
+
+absl::Status SafetensorsFile::read_rows_into(std::string_view name, std::int64_t first,
+                                             const Tensor& to) const {
+  const absl::StatusOr<const StoredTensor*> found = get(name);
+  if (!found.ok()) {
+    return found.status();
+  }
+  const StoredTensor& tensor = **found;
+  const absl::StatusOr<Shape> shape = shape_of(tensor, path_);
+  if (!shape.ok()) {
+    return shape.status();
+  }
+  const bool within = shape->rank() > 0 && to.rank() == shape->rank() && first >= 0 &&
+                      first <= (*shape)[0] - to.size(0) && shape->with(0, to.size(0)) == to.shape();
+  if (!within) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: tensor \"{}\" must have rows {} and on of shape {}, got {}", path_, name,
+                    first, to_string(to.shape()), shape_text(tensor.shape)));
+  }
+  const std::int64_t skipped = (*shape)[0] == 0 ? 0 : first * (shape->numel() / (*shape)[0]);
+  return convert_into(tensor, at(tensor) + skipped * size_bits(tensor.type) / 8, to);
+}
+
+absl::Status SafetensorsFile::convert_into(const StoredTensor& tensor, const std::byte* bytes,
+                                           const Tensor& to) const {
   const bool direct = to.device().kind != DeviceKind::cuda && to.is_contiguous();
   // On meta the conversion of nothing tells whether the types convert.
   const Tensor host = to.is_meta() ? Tensor::empty(Shape{0}, to.dtype())
                       : direct     ? to
-                                   : Tensor::empty(*shape, to.dtype());
-  if (!convert(tensor.type, at(tensor), host)) {
+                                   : Tensor::empty(to.shape(), to.dtype());
+  if (!convert(tensor.type, bytes, host)) {
     return absl::InvalidArgumentError(
-        fmt::format("{}: tensor \"{}\" of type {} cannot be read as {}", path_, name,
+        fmt::format("{}: tensor \"{}\" of type {} cannot be read as {}", path_, tensor.name,
                     nn::name(tensor.type), reprise::name(to.dtype())));
   }
   if (!direct && !to.is_meta()) {

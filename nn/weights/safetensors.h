@@ -95,11 +95,16 @@ class SafetensorsFile {
   // f64, rounding to nearest even; I32 to i32 and i64, I64 to i64. On meta only the checks are
   // done.
   absl::Status read_into(std::string_view name, const Tensor& to) const;
+  // The same of the rows (the first dimension) from `first` on, as many as `to` has.
+  absl::Status read_rows_into(std::string_view name, std::int64_t first, const Tensor& to) const;
 
  private:
   SafetensorsFile() = default;
   absl::StatusOr<const StoredTensor*> get(std::string_view name) const;
   std::byte* at(const StoredTensor& tensor) const;
+  // Elements of `tensor` from the one at `bytes` on.
+  absl::Status convert_into(const StoredTensor& tensor, const std::byte* bytes,
+                            const Tensor& to) const;
 
   std::string path_;
   SafetensorsHeader header_;

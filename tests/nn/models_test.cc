@@ -24,6 +24,16 @@ const std::string kQwen2 = R"({"model_type": "qwen2", "hidden_size": 24, "interm
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
     "max_position_embeddings": 16)";
 
+const std::string kQwen3 = R"({"model_type": "qwen3", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 10, "max_position_embeddings": 16)";
+const std::string kGlm4 = R"({"model_type": "glm4", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 8, "max_position_embeddings": 16, "pad_token_id": null)";
+const std::string kGlm = R"({"model_type": "glm", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 8, "max_position_embeddings": 16, "pad_token_id": null)";
+
 std::unique_ptr<LanguageModel> build(const std::string& text, Place place = {}) {
   JsonReader json = *JsonReader::parse(text + "}", "c.json");
   auto model = build_language_model(json, place);
@@ -86,7 +96,7 @@ const Ids kIds = {3, 1, 4, 1, 5, 9, 2, 6};
 
 TEST(Models, LossIsOverTheNextTokens) {
   for (const std::string& text :
-       {kGpt2, kLlama, kQwen2, kLlama + R"(, "tie_word_embeddings": true)",
+       {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kLlama + R"(, "tie_word_embeddings": true)",
         kGpt2 + R"(, "tie_word_embeddings": false)"}) {
     const auto model = build(text);
     Batch batch = batch_of(kIds);
@@ -101,7 +111,7 @@ TEST(Models, LossIsOverTheNextTokens) {
 }
 
 TEST(Models, ATokenSeesOnlyWhatIsBeforeIt) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm}) {
     const auto model = build(text);
     Ids changed = kIds;
     changed[5] = 7;
@@ -112,7 +122,7 @@ TEST(Models, ATokenSeesOnlyWhatIsBeforeIt) {
 }
 
 TEST(Models, PaddingIsNotSeen) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm}) {
     const auto model = build(text);
     // Padded on the left, so that causality does not hide it; positions as without the padding.
     Batch padded = batch_of({8, 8, 3, 1, 4, 1, 5, 9});
@@ -128,7 +138,7 @@ TEST(Models, PaddingIsNotSeen) {
 }
 
 TEST(Models, PackedTextsSeeThemselvesOnly) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm}) {
     const auto model = build(text);
     Batch packed = batch_of(kIds);
     packed.starts = {{0, 3}};
@@ -231,7 +241,10 @@ TEST(Models, GradientsOfEveryOptionAgreeWithDifferences) {
         kLlama + R"(, "hidden_act": "gelu_new", "rope_scaling": {"type": "yarn", "factor": 4},
                     "partial_rotary_factor": 0.67, "tie_word_embeddings": true)",
         kQwen2 + R"(, "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1,
-                    "rope_scaling": {"type": "dynamic", "factor": 2})"}) {
+                    "rope_scaling": {"type": "dynamic", "factor": 2})",
+        kQwen3 + R"(, "attention_bias": true, "tie_word_embeddings": true)",
+        kGlm4 + R"(, "attention_bias": false, "partial_rotary_factor": 0.25)",
+        kGlm + R"(, "hidden_act": "gelu", "tie_word_embeddings": true)"}) {
     SCOPED_TRACE(text);
     const auto model = build(text);
     Batch batch = batch_of({3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 0, 0}, 2);
@@ -278,7 +291,7 @@ TEST(Models, PoliciesAreBitwiseEqualWithDropout) {
 }
 
 TEST(Models, ADryRunPredictsThePeak) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm}) {
     const auto real = build(text), shapes = build(text, {meta, DType::f32});
     const Batch batch = batch_of(kIds, 2);
     Batch dry;
