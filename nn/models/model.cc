@@ -4,12 +4,14 @@
 
 #include <fmt/format.h>
 
+#include "nn/models/clip.h"
 #include "nn/models/glm.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/internlm2.h"
 #include "nn/models/llama.h"
 #include "nn/models/qwen.h"
 #include "nn/models/qwen2_vl.h"
+#include "nn/models/xcomposer2.h"
 #include "nn/weights/json.h"
 
 namespace reprise::nn {
@@ -58,6 +60,18 @@ std::unique_ptr<Model> build_qwen(JsonReader& json, Place place) {
 std::unique_ptr<Model> build_qwen2_vl(JsonReader& json, Place place) {
   return built<Qwen2Vl>(json, read_qwen2_vl_config(json), place);
 }
+std::unique_ptr<Model> build_clip(JsonReader& json, Place place) {
+  return built<Clip>(json, read_clip_config(json), place);
+}
+std::unique_ptr<Model> build_clip_vision(JsonReader& json, Place place) {
+  return built<ClipVision>(
+      json,
+      read_clip_vision_config(json.has("vision_config") ? json.object("vision_config") : json),
+      place);
+}
+std::unique_ptr<Model> build_xcomposer2(JsonReader& json, Place place) {
+  return built<XComposer2>(json, read_xcomposer2_config(json), place);
+}
 
 constexpr Kind kKinds[] = {
     {"gpt2", "GPT2LMHeadModel", build_gpt2},
@@ -70,6 +84,9 @@ constexpr Kind kKinds[] = {
     {"glm4", "Glm4ForCausalLM", build_glm4},
     {"chatglm", "ChatGLMModel", build_chatglm},
     {"qwen2_vl", "Qwen2VLForConditionalGeneration", build_qwen2_vl, /*whole=*/true},
+    {"clip", "CLIPModel", build_clip, /*whole=*/true},
+    {"clip_vision_model", "CLIPVisionModel", build_clip_vision, /*whole=*/true},
+    {"internlmxcomposer2", "InternLMXComposer2ForCausalLM", build_xcomposer2, /*whole=*/true},
 };
 
 // The class that the publisher's own code is loaded as: "InternLM2ForCausalLM" in
