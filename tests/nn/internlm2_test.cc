@@ -75,7 +75,7 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
 
 // The file's model_type is that of a relative as often as its own.
 TEST(InternLm2, TheClassOfTheFileTellsTheFamilyApart) {
-  for (const std::string& names : {
+  for (const std::string names : {
            R"("model_type": "internlm2")",
            R"("model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"])",
            R"("model_type": "internlm", "architectures": ["InternLM2ForCausalLM"])",
@@ -191,7 +191,7 @@ TEST(InternLm2, W1IsTheGate) {
 }
 
 TEST(InternLm2, ThePaddingRowHasNoGradient) {
-  for (const std::string& padding : {R"(, "pad_token_id": 2})", R"(, "pad_token_id": null})"}) {
+  for (const std::string padding : {R"(, "pad_token_id": 2})", R"(, "pad_token_id": null})"}) {
     const auto model = filled(kSmall + padding);
     Batch batch;
     batch.ids = batch.labels = Tensor::from(std::vector<std::int64_t>{3, 2, 4, 2, 5, 9}, {1, 6});
