@@ -315,11 +315,32 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map) {
   return status.ok() ? read_weights(*weights, model, map) : status;
 }
 
+namespace {
+
+// Of a tensor that a parameter may be: sizes of other files are anything.
+std::optional<Shape> shape_in(const WeightFolder& weights, const std::string& name) {
+  const SafetensorsFile* const file = weights.find(name);
+  const StoredTensor* const tensor = file != nullptr ? file->find(name) : nullptr;
+  if (tensor == nullptr || tensor->shape.size() > static_cast<std::size_t>(Shape::kMaxRank)) {
+    return std::nullopt;
+  }
+  const std::vector<std::int64_t> sizes(tensor->shape.begin(), tensor->shape.end());
+  const bool small = std::ranges::all_of(
+      sizes, [](std::int64_t size) { return size >= 0 && size <= std::int64_t{1} << 32; });
+  return small ? std::optional<Shape>(std::span<const std::int64_t>(sizes)) : std::nullopt;
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
                                                   const LoadOptions& options) {
   absl::StatusOr<JsonReader> config = JsonReader::open(inside(folder, "config.json"));
   if (!config.ok()) {
     return config.status();
+  }
+  const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
+  if (weights.ok()) {
+    config->set_shapes([&](const std::string& name) { return shape_in(*weights, name); });
   }
   try {
     // Without memory first: sizes that the files do not have are refused before anything is
@@ -329,7 +350,6 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
     if (!shapes.ok()) {
       return shapes;
     }
-    const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
     if (!weights.ok()) {
       return weights.status();
     }

@@ -23,7 +23,8 @@ using testing::golden;
 
 constexpr const char* kCases[] = {"gpt2",       "gpt2_lora",         "llama", "qwen2",
                                   "qwen2_lora", "qwen2_lora_extras", "qwen3", "glm4",
-                                  "qwen2_vl",   "qwen2_vl_lora"};
+                                  "qwen2_vl",   "qwen2_vl_lora",     "clip",  "clip_vision",
+                                  "xcomposer2", "xcomposer2_lora"};
 
 TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
   for (const std::string name : kCases) {
