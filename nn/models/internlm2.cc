@@ -183,7 +183,7 @@ void InternLm2::initialize(Generator& generator) {
 }
 
 bool InternLm2::is_buffer(std::string_view key) const {
-  return key.ends_with("rotary_emb.inv_freq");
+  return key.ends_with("rotary_emb.inv_freq") || (config_.tied && key == "output.weight");
 }
 
 std::string InternLm2::write_config() const {

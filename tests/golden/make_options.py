@@ -31,9 +31,9 @@ def rope(kind, **values):
     return {"rope_type": kind, "rope_theta": 10000.0, **values}
 
 
-VL_TEXT = {**LLAMA, "num_attention_heads": 1, "rms_norm_eps": 1e-5,
+VL_TEXT = {**LLAMA, "num_attention_heads": 1, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
            "rope_parameters": rope("default", mrope_section=[2, 3, 3])}
-VL_VISION = dict(depth=2, embed_dim=16, num_heads=2, mlp_ratio=2, patch_size=2, hidden_size=16)
+VL_VISION = dict(depth=2, embed_dim=8, num_heads=1, mlp_ratio=2, patch_size=2, hidden_size=16)
 VL = dict(text_config=VL_TEXT, vision_config=VL_VISION, vision_start_token_id=36, vision_end_token_id=37,
           image_token_id=38, video_token_id=39, tie_word_embeddings=False)
 
