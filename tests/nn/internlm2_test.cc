@@ -195,6 +195,8 @@ TEST(InternLm2, ThePaddingRowHasNoGradient) {
     const auto model = filled(kSmall + padding);
     Batch batch;
     batch.ids = batch.labels = Tensor::from(std::vector<std::int64_t>{3, 2, 4, 2, 5, 9}, {1, 6});
+    Tape tape;
+    const Tape::Scope scope(tape);
     backward(model->loss(batch));
     const auto gradient = model->embedding_table().gradient().to_vector<float>();
     const bool zero = std::all_of(gradient.begin() + 2 * 24, gradient.begin() + 3 * 24,
