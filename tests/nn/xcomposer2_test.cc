@@ -249,8 +249,9 @@ TEST(XComposer2, SizesComeFromTheWeights) {
               after[i].parameter->value().to_vector<float>());
   }
   // A square image needs its size, which the table of positions has but the file must have too.
-  std::filesystem::copy(testing::golden("xcomposer2"), folder.path(),
-                        std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::copy(
+      testing::golden("xcomposer2"), folder.path(),
+      std::filesystem::copy_options::recursive | std::filesystem::copy_options::overwrite_existing);
   auto config = nlohmann::json::parse(testing::contents(folder.at("config.json")));
   config.erase("img_size");
   testing::write(folder.at("config.json"), config.dump());
@@ -401,9 +402,11 @@ TEST(XComposer2, AdaptersOfThePublishedRecipe) {
 
 // The checks of the fact sheet, on shapes alone.
 TEST(XComposer2, TokensOfAnImageInTiles) {
-  const auto model = build(published(R"("num_hidden_layers": 0, "max_position_embeddings": 24576,
+  const auto model = build(
+      published(
+          R"("model_type": "internlmxcomposer2", "num_hidden_layers": 0, "max_position_embeddings": 24576,
                                         "vision_config": {"num_hidden_layers": 0})"),
-                           {meta, DType::bf16});
+      {meta, DType::bf16});
   for (const auto& [grid, tokens] : std::vector<std::pair<Ids, std::int64_t>>{
            {{1, 3, 4}, 5281}, {{1, 3, 5}, 6481}, {{1, 1, 1}, 841}}) {
     Batch batch;
@@ -416,6 +419,7 @@ TEST(XComposer2, TokensOfAnImageInTiles) {
 // The order of tokens, seen through the projector: a view, its separators, then tiles by rows.
 TEST(XComposer2, TilesAreAssembledRowByRow) {
   const auto model = build(kTiles);
+  model->plora_glb_GN.write().data<float>()[0] += 1;
   const auto features = [&](const Tensor& pixels, const Ids& grids) {
     Batch batch;
     batch.pixels = pixels;

@@ -7,10 +7,13 @@
 #include <utility>
 #include <vector>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include "nn/models/model.h"
 #include "nn/weights/safetensors.h"
 #include "tests/nn/files.h"
 #include "tests/train/process.h"
@@ -122,7 +125,8 @@ TEST(BadInput, Configs) {
     broken.expect("config.json", message);
   };
   with(R"("model_type": "llama")", R"("model_type": "mamba")",
-       "model_type must be one of gpt2, llama, qwen2, got \"mamba\"");
+       fmt::format("model_type must be one of {}, got \"mamba\"",
+                   fmt::join(nn::supported_models(), ", ")));
   with(R"("hidden_size": 32)", R"("hidden_size": "32")",
        "hidden_size must be a whole number, got \"32\"");
   with(R"("factor": 8.0,)", "", "rope_scaling.factor is missing");
