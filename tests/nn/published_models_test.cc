@@ -265,11 +265,15 @@ TEST(PublishedModels, EverySupportedTypeHasOne) {
 
 // "1,543,714,304".
 std::string with_commas(Count number) {
-  std::string digits = std::to_string(number);
-  for (std::ptrdiff_t at = std::ssize(digits) - 3; at > 0; at -= 3) {
-    digits.insert(static_cast<std::size_t>(at), ",");
+  const std::string digits = std::to_string(number);
+  std::string result;
+  for (std::size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) {
+      result.push_back(',');
+    }
+    result.push_back(digits[i]);
   }
-  return digits;
+  return result;
 }
 
 // The rows of docs/models.md, from the sizes above and the configs of the ready cases.

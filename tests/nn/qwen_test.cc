@@ -216,6 +216,29 @@ TEST(Qwen, DropoutOfEmbeddingAndAttention) {
   }
 }
 
+// What feeds the residual stream is smaller by the depth: 0.02 / sqrt(2 * 8).
+TEST(Qwen, InitialValuesFollowTheDepth) {
+  const auto model = *build(small("", 8));
+  Generator generator{1, 0};
+  model->initialize(generator);
+  const auto deviation = [&](const std::string& path) {
+    const auto values = model->find_parameter("transformer." + path)->value().to_vector<float>();
+    double sum = 0;
+    for (const float v : values) {
+      sum += static_cast<double>(v) * static_cast<double>(v);
+    }
+    return std::sqrt(sum / static_cast<double>(values.size()));
+  };
+  for (const char* path : {"h.3.attn.c_proj.weight", "h.3.mlp.c_proj.weight"}) {
+    EXPECT_NEAR(deviation(path), 0.005, 0.0008) << path;
+  }
+  for (const char* path : {"h.3.attn.c_attn.weight", "h.3.mlp.w1.weight", "h.3.mlp.w2.weight"}) {
+    EXPECT_NEAR(deviation(path), 0.02, 0.003) << path;
+  }
+  EXPECT_EQ(deviation("h.3.attn.c_attn.bias"), 0);
+  EXPECT_EQ(deviation("h.3.ln_1.weight"), 1);
+}
+
 TEST(Qwen, ErrorsOfTheConfig) {
   EXPECT_EQ(problem(R"({"model_type": "qwen"})"), "c.json: seq_length is missing");
   EXPECT_EQ(problem(R"({"model_type": "qwen", "seq_length": 8, "num_attention_heads": 30})"),

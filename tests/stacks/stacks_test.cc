@@ -80,35 +80,35 @@ void sweep_alone(const Variable& loss) {
   backward(loss);
 }
 
-struct Run {
+struct Pass {
   double loss = 0;
   Gradients gradients;
   TapeReport report;
 };
 
 // One forward and backward of `loss` under the policy.
-Run run(const char* policy, nn::Module& module, const Loss& loss,
-        const Sweep& sweep = sweep_alone) {
+Pass run(const char* policy, nn::Module& module, const Loss& loss,
+         const Sweep& sweep = sweep_alone) {
   Tape tape;
   const Tape::Scope scope(tape, Policies::named(policy));
-  Run run;
+  Pass pass;
   {
     const Variable value = loss();
-    run.loss = static_cast<double>(value.tensor().item<float>());
+    pass.loss = static_cast<double>(value.tensor().item<float>());
     sweep(value);
   }
-  run.gradients = gradients_of(module);
-  run.report = tape.report();
-  return run;
+  pass.gradients = gradients_of(module);
+  pass.report = tape.report();
+  return pass;
 }
 
 void expect_same_under_every_policy(nn::Module& module, const Loss& loss,
                                     const Sweep& sweep = sweep_alone) {
-  const Run plain = run("keep-all", module, loss, sweep);
+  const Pass plain = run("keep-all", module, loss, sweep);
   EXPECT_EQ(plain.report.replayed_records, 0);
   EXPECT_FALSE(plain.gradients.empty());
   for (const char* policy : {"keep-products", "inputs-only", "nested"}) {
-    const Run segments = run(policy, module, loss, sweep);
+    const Pass segments = run(policy, module, loss, sweep);
     EXPECT_EQ(segments.loss, plain.loss) << policy;
     EXPECT_GT(segments.report.replayed_records, 0) << policy;
     ASSERT_EQ(segments.gradients.size(), plain.gradients.size()) << policy;
@@ -174,7 +174,7 @@ TEST(Stacks, XComposerTowerAndPartialLora) {
     return model->loss(in);
   };
   expect_same_under_every_policy(*model, loss);
-  const Run one = run("inputs-only", *model, loss);
+  const Pass one = run("inputs-only", *model, loss);
   EXPECT_GE(one.report.segments, 2 + 3) << "every block of the tower and of the decoder";
   // They reach every part of it.
   for (const char* part : {"vit.", "vision_proj.", "Plora_", "wqkv.weight", "tok_embeddings"}) {
@@ -336,7 +336,7 @@ TEST(Stacks, SelfLlmOptionsAndFrozenInputs) {
     return checkpoint("all", loss_with, batch(), Options{.enable = true, .factor = 2});
   };
   expect_same_under_every_policy(*model, loss);
-  const Run one = run("nested", *model, loss);
+  const Pass one = run("nested", *model, loss);
   EXPECT_EQ(one.gradients.size(), 3u * 5 * 2);
   for (const auto& [name, gradient] : one.gradients) {
     EXPECT_FALSE(all_zero(gradient)) << name;

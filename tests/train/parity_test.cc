@@ -21,10 +21,11 @@ using nn::SafetensorsFile;
 using testing::Folder;
 using testing::golden;
 
-constexpr const char* kCases[] = {"gpt2",       "gpt2_lora",         "llama", "qwen2",
-                                  "qwen2_lora", "qwen2_lora_extras", "qwen3", "glm4",
-                                  "qwen2_vl",   "qwen2_vl_lora",     "clip",  "clip_vision",
-                                  "xcomposer2", "xcomposer2_lora"};
+constexpr const char* kCases[] = {"gpt2",       "gpt2_lora",         "llama",     "qwen2",
+                                  "qwen2_lora", "qwen2_lora_extras", "qwen3",     "glm4",
+                                  "qwen2_vl",   "qwen2_vl_lora",     "clip",      "clip_vision",
+                                  "xcomposer2", "xcomposer2_lora",   "internlm2", "qwen",
+                                  "qwen_lora"};
 
 TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
   for (const std::string name : kCases) {
@@ -62,7 +63,8 @@ constexpr const char* kOptionCases[] = {"llama_biases",      "llama_pad_from_end
                                         "glm4_options",      "qwen2_vl_frames",
                                         "clip_options",      "clip_vision_resized",
                                         "xcomposer2_tiles",  "xcomposer2_text",
-                                        "xcomposer2_images"};
+                                        "xcomposer2_images", "internlm2_options",
+                                        "qwen_long"};
 
 TEST(Parity, OptionsOfTheModelsPassUnderEveryPolicy) {
   for (const std::string name : kOptionCases) {
@@ -99,6 +101,10 @@ TEST(Parity, OptionsOfTheModelsAreSeen) {
                 "num_attention_heads": 3, "vocab_size": 31, "max_position_embeddings": 10,
                 "hidden_act": "gelu", "eos_token_id": 2})"},
            {"xcomposer2_tiles", "plora_qkv_scale", "1"},
+           {"internlm2_options", "pad_token_id", "null"},
+           {"internlm2_options", "rope_scaling", "null"},
+           {"qwen_long", "use_dynamic_ntk", "false"},
+           {"qwen_long", "use_logn_attn", "false"},
            {"gpt2_options", "scale_attn_by_inverse_layer_idx", "false"}}) {
     const Folder folder;
     std::filesystem::copy(golden(name), folder.path(),
