@@ -113,7 +113,7 @@ class Qwen : public LanguageModel {
 
  private:
   std::string write_config() const override;
-  // Both as of the row's length T; the positions of the batch tell where a query stands.
+  // Both as of the rows' length T, padding included; the batch's positions tell where a query is.
   RopeConfig rope_for(std::int64_t T) const;
   Variable query_factors(const Batch& batch) const;
 

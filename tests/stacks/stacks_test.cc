@@ -39,6 +39,13 @@ std::unique_ptr<nn::Model> build(const std::string& config) {
   EXPECT_TRUE(model.ok()) << model.status();
   Generator generator{3, 0};
   (*model)->initialize(generator);
+  // Larger than usual, so that a few steps matter, also to an adapter under a frozen head.
+  for (Parameter* parameter : (*model)->parameters()) {
+    const Tensor value = parameter->write();
+    for (std::int64_t i = 0; value.rank() > 1 && i < value.numel(); ++i) {
+      value.data<float>()[i] *= 8;
+    }
+  }
   return *std::move(model);
 }
 
@@ -261,10 +268,10 @@ TEST(Stacks, LlamaFactoryWrappedForwardsWithReduction) {
 // tower, segments on, the model used twice in a step. Each adapter weight becomes ready once, in
 // the order that was announced; the tower records nothing that a sweep would need.
 TEST(Stacks, MsSwiftLoraIsReadyOnce) {
-  const auto model = build(R"({"model_type": "qwen2_vl", "vocab_size": 19, "hidden_size": 16,
+  const auto model = build(R"({"model_type": "qwen2_vl", "vocab_size": 21, "hidden_size": 16,
       "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2,
-      "num_key_value_heads": 1, "max_position_embeddings": 64, "image_token_id": 17,
-      "video_token_id": 18, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]},
+      "num_key_value_heads": 1, "max_position_embeddings": 64, "image_token_id": 19,
+      "video_token_id": 20, "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]},
       "vision_config": {"depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2,
       "patch_size": 2, "hidden_size": 16}})");
   Generator generator{4, 0};
@@ -274,7 +281,7 @@ TEST(Stacks, MsSwiftLoraIsReadyOnce) {
       generator);
   EXPECT_EQ(model->trainable_parameters().size(), 3u * 7 * 2);
   nn::Batch image;
-  image.ids = Tensor::from(Ids{3, 7, 17, 17, 4, 11, 6}, {1, 7});
+  image.ids = Tensor::from(Ids{3, 7, 19, 19, 4, 11, 6}, {1, 7});
   image.labels = Tensor::from(Ids{3, 7, -100, -100, 4, 11, 6}, {1, 7});
   image.grids = Tensor::from(Ids{1, 2, 4}, {1, 3});
   image.pixels = pixels({8, 24});

@@ -132,7 +132,8 @@ TEST(BadModels, IndexFiles) {
     sharded.write_index();
     sharded.expect(of, message);
   };
-  with("third.safetensors", "third.safetensors", "No such file or directory");
+  with("third.safetensors", "second.safetensors",
+       "holds tensor \"model.norm.weight\", which weight_map puts in third.safetensors");
   for (const std::string path : {"../second.safetensors", "/etc/passwd", "a/b", "..", ""}) {
     with(path, kIndex,
          fmt::format("weight_map.model.norm.weight must be the name of a file in the folder, got "
@@ -142,6 +143,10 @@ TEST(BadModels, IndexFiles) {
   with(7, kIndex, "weight_map.model.norm.weight must be a string, got 7");
   with("first.safetensors", kIndex,
        "weight_map puts tensor \"model.norm.weight\" in first.safetensors, which does not hold it");
+
+  const Sharded missing;
+  std::filesystem::remove(missing.at("second.safetensors"));
+  missing.expect("second.safetensors", "No such file or directory");
 
   // One name in two shards, with the index naming either.
   const Sharded twice;
