@@ -62,7 +62,7 @@ struct Copy {
 };
 
 TEST(Folder, LoadsEveryTensorOnce) {
-  for (const std::string name : {"gpt2", "llama", "qwen2"}) {
+  for (const std::string name : {"gpt2", "llama", "qwen2", "internlm2", "qwen"}) {
     const auto model = load(golden(name).string());
     ASSERT_NE(model, nullptr);
     const auto file = SafetensorsFile::open((golden(name) / "model.safetensors").string());
@@ -77,7 +77,7 @@ TEST(Folder, LoadsEveryTensorOnce) {
 }
 
 TEST(Folder, ASavedModelLoadsBackBitwise) {
-  for (const std::string name : {"gpt2", "llama", "qwen2"}) {
+  for (const std::string name : {"gpt2", "llama", "qwen2", "internlm2", "qwen"}) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       const Folder out;
       const auto model = load(golden(name).string(), dtype);

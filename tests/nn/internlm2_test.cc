@@ -168,6 +168,37 @@ TEST(InternLm2, RowsOfWqkvAreGroupedByKeyValueHead) {
   EXPECT_GT(largest_difference(logits(*model, ids), before), 1e-3);
 }
 
+// Of a group of G + 2 heads the last but one is the key, the last the value: products of q and k,
+// and of v and wo, stay when one is doubled and the other halved.
+TEST(InternLm2, KeyAndValueEndTheirGroup) {
+  const std::vector<std::int64_t> ids{3, 1, 4, 1, 5, 9};
+  const auto model = filled(kSmall + R"(, "bias": false})");
+  const auto before = logits(*model, ids);
+  constexpr std::int64_t C = 24, D = 4, G = 3;
+  const auto scale = [](const Tensor& value, float factor) {
+    for (std::int64_t i = 0; i < value.numel(); ++i) {
+      value.data<float>()[i] *= factor;
+    }
+  };
+  const auto scale_heads = [&](std::int64_t first, std::int64_t end, float factor) {
+    const Tensor w = model->find_parameter("model.layers.0.attention.wqkv.weight")->write();
+    for (std::int64_t group = 0; group < 2; ++group) {
+      const std::int64_t at = group * (G + 2) * D;
+      scale(w.slice(0, at + first * D, at + end * D), factor);
+    }
+  };
+  ASSERT_EQ(model->find_parameter("model.layers.0.attention.wqkv.weight")->shape(),
+            (Shape{2 * (G + 2) * D, C}));
+  scale_heads(0, G, 2);
+  scale_heads(G, G + 1, 0.5f);
+  EXPECT_LT(largest_difference(logits(*model, ids), before), 1e-5);
+  scale_heads(G + 1, G + 2, 2);
+  scale(model->find_parameter("model.layers.0.attention.wo.weight")->write(), 0.5f);
+  EXPECT_LT(largest_difference(logits(*model, ids), before), 1e-5);
+  scale_heads(G, G + 1, 2);
+  EXPECT_GT(largest_difference(logits(*model, ids), before), 1e-3);
+}
+
 // silu(w1 x) (w3 x): a w3 of zeros silences the feed-forward for good, a w1 of zeros too, but only
 // of w3 is the product linear.
 TEST(InternLm2, W1IsTheGate) {
