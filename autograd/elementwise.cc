@@ -114,6 +114,32 @@ class AddBias final : public Op {  // x, bias -> x + bias
   }
 };
 
+class Cast final : public Op {  // x -> x in another dtype
+ public:
+  explicit Cast(DType dtype) : dtype_(dtype) {}
+  std::string_view name() const override { return "cast"; }
+  void forward(Forward& run) const override {
+    const Tensor& x = run.input(0);
+    kernels::cast(x, run.output(0, x.shape(), dtype_));
+  }
+  Saved saved(Mask) const override { return {}; }
+  void backward(Backward& run) const override {
+    const auto [dx, accumulate] = run.into(0);
+    if (accumulate) {
+      kernels::accumulate(dx, run.gradient(0));
+    } else {
+      kernels::cast(run.gradient(0), dx);
+    }
+  }
+  Cost cost(const Call& call) const override {
+    return {0, call.input(0).bytes() + call.output(0).bytes()};
+  }
+  Cost backward_cost(const Call& call, Mask) const override { return cost(call); }
+
+ private:
+  DType dtype_;
+};
+
 class Activate final : public Op {  // x -> f(x)
  public:
   explicit Activate(Activation f) : f_(f) {}
@@ -211,6 +237,18 @@ Variable add_bias(Variable x, Variable bias) {
   return apply(std::make_unique<AddBias>(), {std::move(x), std::move(bias)});
 }
 
+Variable cast(Variable x, DType dtype) {
+  for (const DType each : {x.dtype(), dtype}) {
+    if (each != DType::f32 && each != DType::bf16) {
+      fail("cast", "goes from and to f32 and bf16, got {} to {}", name(x.dtype()), name(dtype));
+    }
+  }
+  if (x.dtype() == dtype) {
+    return x;
+  }
+  return apply(std::make_unique<Cast>(dtype), {std::move(x)});
+}
+
 Variable silu(Variable x) {
   return activate(Activation::silu, std::move(x));
 }
@@ -222,6 +260,10 @@ Variable gelu_tanh(Variable x) {
 }
 Variable quick_gelu(Variable x) {
   return activate(Activation::quick_gelu, std::move(x));
+}
+
+Variable exp(Variable x) {
+  return activate(Activation::exp, std::move(x));
 }
 
 Variable gated_silu(Variable gate, Variable up) {

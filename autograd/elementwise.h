@@ -1,5 +1,5 @@
-// Elementwise operations on Variables. Formulas, dtypes and roundings: kernels/accumulate.h (add),
-// kernels/elementwise.h and kernels/activation.h.
+// Elementwise operations on Variables. Formulas, dtypes and roundings: kernels/accumulate.h (add,
+// cast), kernels/elementwise.h and kernels/activation.h.
 //
 //   Variable y = add(std::move(x), std::move(r));          // in x's buffer where nobody needs it
 //   Variable h = gated_silu(std::move(gate_up));           // [.., 2F] -> [.., F]
@@ -17,12 +17,16 @@ Variable mul(Variable x, Variable r);
 Variable scale(Variable x, double factor);
 // x [.., C] + bias [C]. Saves nothing. (linear() adds its bias itself.)
 Variable add_bias(Variable x, Variable bias);
+// x in another dtype, f32 or bf16; x itself where it has that dtype. The gradient is cast back.
+// Saves nothing.
+Variable cast(Variable x, DType dtype);
 
 // Each saves its input.
 Variable silu(Variable x);
 Variable gelu(Variable x);
 Variable gelu_tanh(Variable x);
 Variable quick_gelu(Variable x);
+Variable exp(Variable x);
 
 // silu(gate) up, of one shape and dtype. Saves both.
 Variable gated_silu(Variable gate, Variable up);

@@ -10,7 +10,7 @@ namespace {
 
 class Rope final : public Op {  // x, positions, inv_freq -> y
  public:
-  explicit Rope(RopeOptions options) : options_(options) {}
+  explicit Rope(RopeOptions options) : options_(std::move(options)) {}
   std::string_view name() const override { return "rope"; }
   void forward(Forward& run) const override {
     const Tensor& x = run.input(0);
@@ -36,7 +36,7 @@ class Rope final : public Op {  // x, positions, inv_freq -> y
 }  // namespace
 
 Variable rope(Variable x, Variable positions, Variable inv_freq, RopeOptions options) {
-  return apply(std::make_unique<Rope>(options),
+  return apply(std::make_unique<Rope>(std::move(options)),
                {std::move(x), std::move(positions), std::move(inv_freq)});
 }
 

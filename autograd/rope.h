@@ -12,7 +12,8 @@ namespace reprise {
 using kernels::RopeOptions;
 using kernels::RopeStyle;
 
-// x [B, T, H, D], positions i64 [B, T] or [T], inv_freq f32 [D_rot / 2]: both without a gradient.
+// x [B, T, H, D], positions i64 [B, T] or [T] (with options.sections [R, B, T] or [R, T]),
+// inv_freq f32 [D_rot / 2]: both without a gradient.
 // Saves the two, but not x.
 Variable rope(Variable x, Variable positions, Variable inv_freq, RopeOptions options = {});
 

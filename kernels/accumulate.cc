@@ -1,9 +1,22 @@
 #include "kernels/accumulate.h"
 
-#include "kernels/accumulate_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/accumulate_sides.h"
 #include "kernels/matrix.h"
 
 namespace reprise::kernels {
+namespace {
+
+void expect_no_double(std::string_view operation, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) {
+    if (tensor->dtype() == DType::f64) {
+      fail(operation, "f64 has no CUDA kernel, it is for oracles");
+    }
+  }
+}
+
+}  // namespace
+
 void accumulate(const Tensor& into, const Tensor& x) {
   expect_floating("accumulate", "into", into);
   expect_floating("accumulate", "x", x);
@@ -13,7 +26,10 @@ void accumulate(const Tensor& into, const Tensor& x) {
     return;
   }
   if (into.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("accumulate", cuda::accumulate(into, x));
+    expect_no_double("accumulate", {&into, &x});
+    REPRISE_CUDA_SIDE("accumulate", cuda::add(to, from, to, merged_size({&into, &x}),
+                                              cuda_stream(into.device())));
+    return;
   }
   cpu::accumulate(to, from, merged_size({&into, &x}));
 }
@@ -27,7 +43,9 @@ void cast(const Tensor& x, const Tensor& y) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("cast", cuda::cast(x, y));
+    expect_no_double("cast", {&x, &y});
+    REPRISE_CUDA_SIDE("cast", cuda::cast(from, to, merged_size({&x, &y}), cuda_stream(x.device())));
+    return;
   }
   cpu::cast(from, to, merged_size({&x, &y}));
 }
@@ -44,7 +62,10 @@ void add(const Tensor& x, const Tensor& r, const Tensor& y) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("add", cuda::add(x, r, y));
+    expect_no_double("add", {&x, &r, &y});
+    REPRISE_CUDA_SIDE(
+        "add", cuda::add(from, other, to, merged_size({&x, &r, &y}), cuda_stream(x.device())));
+    return;
   }
   cpu::add(from, other, to, merged_size({&x, &r, &y}));
 }

@@ -2,7 +2,7 @@
 //
 // Shapes: all arguments have the same one. Each is contiguous or rows of unit stride (a slice of a
 // wider matrix). Dtypes: f32, bf16, f64. Arithmetic in f32, in f64 when one of the dtypes is f64;
-// one rounding to the dtype of the result, to nearest even.
+// one rounding to the dtype of the result, to nearest even. On a cuda device f32 and bf16 only.
 // Errors: dtypes that are not floating, other shapes, devices or strides.
 #pragma once
 

@@ -1,12 +1,11 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/accumulate_cpu.cc"
-#include "kernels/accumulate_cpu.h"
-
 #include <bit>
 #include <cmath>
 #include <cstring>
 
 #include "hwy/foreach_target.h"
+#include "kernels/accumulate_sides.h"
 #include "kernels/pieces.h"
 #include "kernels/vector_io-inl.h"
 

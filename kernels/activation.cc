@@ -1,6 +1,8 @@
 #include "kernels/activation.h"
 
-#include "kernels/activation_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/activation_sides.h"
+#include "kernels/matrix.h"
 
 namespace reprise::kernels {
 
@@ -14,6 +16,8 @@ std::string_view name(Activation activation) {
       return "gelu_tanh";
     case Activation::quick_gelu:
       return "quick_gelu";
+    case Activation::exp:
+      return "exp";
   }
   return "?";
 }
@@ -27,7 +31,9 @@ void activation(Activation f, const Tensor& x, const Tensor& y) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(name(f), cuda::activation(f, x, y));
+    REPRISE_CUDA_SIDE(
+        name(f), cuda::activation(f, from, to, merged_size({&x, &y}), cuda_stream(x.device())));
+    return;
   }
   cpu::activation(f, from, to, merged_size({&x, &y}));
 }
@@ -45,7 +51,10 @@ void activation_backward(Activation f, const Tensor& x, const Tensor& dy, const 
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(name(f), cuda::activation_backward(f, x, dy, dx, accumulate));
+    REPRISE_CUDA_SIDE(
+        name(f), cuda::activation_backward(f, from, gradient, to, accumulate,
+                                           merged_size({&x, &dy, &dx}), cuda_stream(x.device())));
+    return;
   }
   cpu::activation_backward(f, from, gradient, to, accumulate, merged_size({&x, &dy, &dx}));
 }
@@ -62,7 +71,9 @@ void gated_silu(const Tensor& gate, const Tensor& up, const Tensor& y) {
     return;
   }
   if (gate.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("gated_silu", cuda::gated_silu(gate, up, y));
+    REPRISE_CUDA_SIDE("gated_silu", cuda::gated_silu(a, b, to, merged_size({&gate, &up, &y}),
+                                                     cuda_stream(gate.device())));
+    return;
   }
   cpu::gated_silu(a, b, to, merged_size({&gate, &up, &y}));
 }
@@ -77,7 +88,7 @@ void gated_silu_backward(const Tensor& gate, const Tensor& up, const Tensor& dy,
   expect_like("gated_silu", "dy", dy, gate, "gate");
   const Matrix a = matrix("gated_silu", "gate", gate), b = matrix("gated_silu", "up", up),
                gradient = matrix("gated_silu", "dy", dy);
-  cpu::GatedGradients gradients{{}, {}, accumulate_gate, accumulate_up};
+  GatedGradients gradients{{}, {}, accumulate_gate, accumulate_up};
   if (dgate.defined()) {
     expect_trainable("gated_silu", "dgate", dgate);
     expect_like("gated_silu", "dgate", dgate, gate, "gate");
@@ -92,8 +103,11 @@ void gated_silu_backward(const Tensor& gate, const Tensor& up, const Tensor& dy,
     return;
   }
   if (gate.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("gated_silu", cuda::gated_silu_backward(gate, up, dy, dgate, accumulate_gate,
-                                                              dup, accumulate_up));
+    REPRISE_CUDA_SIDE("gated_silu",
+                      cuda::gated_silu_backward(a, b, gradient, gradients,
+                                                merged_size({&gate, &up, &dy, &dgate, &dup}),
+                                                cuda_stream(gate.device())));
+    return;
   }
   cpu::gated_silu_backward(a, b, gradient, gradients, merged_size({&gate, &up, &dy, &dgate, &dup}));
 }

@@ -1,8 +1,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/activation_cpu.cc"
-#include "kernels/activation_cpu.h"
-
 #include "hwy/foreach_target.h"
+#include "kernels/activation_sides.h"
 #include "kernels/pieces.h"
 #include "kernels/staging-inl.h"
 #include "kernels/vector_math-inl.h"
@@ -70,6 +69,11 @@ struct QuickGelu {
   }
 };
 
+struct Exp {
+  static HWY_ATTR HWY_INLINE FloatVector value(FloatVector x) { return exponential(x); }
+  static HWY_ATTR HWY_INLINE FloatVector derivative(FloatVector x) { return exponential(x); }
+};
+
 template <class A>
 struct ValueOf {
   HWY_ATTR HWY_INLINE FloatVector operator()(FloatVector x) const { return A::value(x); }
@@ -99,6 +103,8 @@ void activation_run(Activation f, const Matrix& x, const Matrix& y, std::int64_t
       return run_staged(ValueOf<GeluTanh>(), x, y, false, count);
     case Activation::quick_gelu:
       return run_staged(ValueOf<QuickGelu>(), x, y, false, count);
+    case Activation::exp:
+      return run_staged(ValueOf<Exp>(), x, y, false, count);
   }
 }
 
@@ -113,6 +119,8 @@ void activation_backward_run(Activation f, const Matrix& x, const Matrix& dy, co
       return run_staged(GradientOf<GeluTanh>(), x, dy, dx, accumulate, count);
     case Activation::quick_gelu:
       return run_staged(GradientOf<QuickGelu>(), x, dy, dx, accumulate, count);
+    case Activation::exp:
+      return run_staged(GradientOf<Exp>(), x, dy, dx, accumulate, count);
   }
 }
 

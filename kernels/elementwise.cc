@@ -1,6 +1,8 @@
 #include "kernels/elementwise.h"
 
-#include "kernels/elementwise_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/elementwise_sides.h"
+#include "kernels/matrix.h"
 
 namespace reprise::kernels {
 
@@ -16,7 +18,9 @@ void mul(const Tensor& x, const Tensor& r, const Tensor& y, bool accumulate) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("mul", cuda::mul(x, r, y, accumulate));
+    REPRISE_CUDA_SIDE("mul", cuda::mul(from, other, to, accumulate, merged_size({&x, &r, &y}),
+                                       cuda_stream(x.device())));
+    return;
   }
   cpu::mul(from, other, to, accumulate, merged_size({&x, &r, &y}));
 }
@@ -30,7 +34,9 @@ void scale(const Tensor& x, double factor, const Tensor& y, bool accumulate) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("scale", cuda::scale(x, factor, y, accumulate));
+    REPRISE_CUDA_SIDE("scale", cuda::scale(from, static_cast<float>(factor), to, accumulate,
+                                           merged_size({&x, &y}), cuda_stream(x.device())));
+    return;
   }
   cpu::scale(from, static_cast<float>(factor), to, accumulate, merged_size({&x, &y}));
 }
@@ -52,7 +58,10 @@ void add_bias(const Tensor& x, const Tensor& bias, const Tensor& y) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("add_bias", cuda::add_bias(x, bias, y));
+    REPRISE_CUDA_SIDE("add_bias",
+                      cuda::add_bias(from, row, to, {x.shape().rows(), x.shape().back()},
+                                     cuda_stream(x.device())));
+    return;
   }
   cpu::add_bias(from, row, to, {x.shape().rows(), x.shape().back()});
 }
@@ -71,7 +80,10 @@ void bias_gradient(const Tensor& dy, const Tensor& dbias, bool accumulate) {
     return;
   }
   if (dy.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("add_bias", cuda::bias_gradient(dy, dbias, accumulate));
+    REPRISE_CUDA_SIDE("add_bias", cuda::bias_gradient(from, to, accumulate,
+                                                      {dy.shape().rows(), dy.shape().back()},
+                                                      cuda_stream(dy.device())));
+    return;
   }
   cpu::bias_gradient(from, to, accumulate, {dy.shape().rows(), dy.shape().back()});
 }

@@ -1,8 +1,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/elementwise_cpu.cc"
-#include "kernels/elementwise_cpu.h"
-
 #include "hwy/foreach_target.h"
+#include "kernels/elementwise_sides.h"
 #include "kernels/pieces.h"
 #include "kernels/staging-inl.h"
 

@@ -1,4 +1,4 @@
-// A tensor as the CPU sides of the elementwise families see it: rows of unit stride.
+// Tensors as matrices for the elementwise families, and the checks that they share.
 #pragma once
 
 #include <cstdint>
@@ -7,27 +7,9 @@
 
 #include "core/tensor.h"
 #include "kernels/dispatch.h"
+#include "kernels/matrix_sides.h"
 
 namespace reprise::kernels {
-
-struct Matrix {
-  void* at = nullptr;  // null: absent, or on meta
-  DType dtype = DType::f32;
-  std::int64_t row_stride = 0;  // elements
-
-  void* element(std::int64_t row, std::int64_t column) const {
-    return static_cast<char*>(at) +
-           (row * row_stride + column) * static_cast<std::int64_t>(size_bytes(dtype));
-  }
-  // The part of a row that starts there; absent stays absent.
-  Matrix run(std::int64_t row, std::int64_t column) const {
-    return {at == nullptr ? nullptr : element(row, column), dtype, row_stride};
-  }
-};
-
-struct MatrixSize {
-  std::int64_t rows, width;
-};
 
 // Contiguous tensors of one shape are one long row.
 inline MatrixSize merged_size(std::initializer_list<const Tensor*> tensors) {

@@ -1,9 +1,8 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/rope_cpu.cc"
-#include "kernels/rope_cpu.h"
-
 #include "hwy/foreach_target.h"
 #include "kernels/pieces.h"
+#include "kernels/rope_sides.h"
 #include "kernels/staging-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -96,6 +95,27 @@ struct Blocks {
   HWY_ALIGN float out[2 * (kPairs + kRoom)] = {};
 };
 
+// cos and sin of pairs [first, first + count) of token t of text b.
+void turn_block(const RopeCall& call, std::int64_t b, std::int64_t t, std::int64_t first,
+                std::int64_t count, Blocks& blocks) {
+  map(Identity(), call.inv_freq + first, blocks.inv_freq, count);
+  std::int64_t begin = first;
+  // In order: the last vector of a section runs over into the next.
+  for (int r = 0; r < call.sections.count; ++r) {
+    const std::int64_t end = std::min(first + count, call.sections.ends[r]);
+    if (begin < end) {
+      const std::int64_t at = r * call.sections.stride + b * call.positions_batch_stride + t;
+      turn(static_cast<float>(call.positions[at]), blocks.inv_freq + begin - first, end - begin,
+           call, blocks.cos + begin - first, blocks.sin + begin - first);
+      begin = end;
+    }
+  }
+  if (call.round_to_bf16) {
+    round_to_bf16(blocks.cos, count);
+    round_to_bf16(blocks.sin, count);
+  }
+}
+
 HWY_INLINE void rotate(FloatVector& a, FloatVector& b, const Blocks& blocks, std::int64_t i) {
   const auto c = load(blocks.cos + i), s = load(blocks.sin + i);
   const auto turned = hn::NegMulAdd(b, s, hn::Mul(a, c));
@@ -149,23 +169,17 @@ void rope_run(const RopeCall& call, std::int64_t begin, std::int64_t end) {
   Blocks blocks;
   for (std::int64_t token = begin; token < end; ++token) {
     const std::int64_t b = token / call.tokens, t = token % call.tokens;
-    const auto position = static_cast<float>(call.positions[b * call.positions_batch_stride + t]);
     const std::int64_t x = b * call.x.batch_stride + t * call.x.token_stride;
     const std::int64_t y = b * call.y.batch_stride + t * call.y.token_stride;
     for (std::int64_t first = 0; first < call.pairs; first += kPairs) {
       const std::int64_t count = std::min(kPairs, call.pairs - first);
-      map(Identity(), call.inv_freq + first, blocks.inv_freq, count);
-      turn(position, blocks.inv_freq, count, call, blocks.cos, blocks.sin);
-      if (call.x.dtype == DType::bf16) {
-        round_to_bf16(blocks.cos, count);
-        round_to_bf16(blocks.sin, count);
-      }
+      turn_block(call, b, t, first, count, blocks);
       for (std::int64_t head = 0; head < call.heads; ++head) {
         const std::int64_t from = x + head * call.x.head_stride, to = y + head * call.y.head_stride;
-        if (call.style == RopeStyle::half) {
-          rotate_half(call, blocks, from, to, first, count);
-        } else {
+        if (call.interleaved) {
           rotate_interleaved(call, blocks, from, to, first, count);
+        } else {
+          rotate_half(call, blocks, from, to, first, count);
         }
       }
     }

@@ -38,6 +38,7 @@ using Binary = std::function<Variable(Variable, Variable)>;
 
 OpCase unary(const std::string& name, const Shape& shape, Unary op_of, Scalar exact) {
   OpCase op;
+  op.cuda = true;
   op.name = name;
   op.inputs = {{.name = "x", .shape = shape, .strided = true, .values = {}}};
   op.run = [op_of = std::move(op_of)](const std::vector<Variable>& in) {
@@ -56,6 +57,7 @@ OpCase unary(const std::string& name, const Shape& shape, Unary op_of, Scalar ex
 OpCase binary(const std::string& name, const Shape& shape, Binary op_of,
               std::function<double(double, double)> exact) {
   OpCase op;
+  op.cuda = true;
   op.name = name;
   op.inputs = {{.name = "x", .shape = shape, .strided = true, .values = {}},
                {.name = "r", .shape = shape, .strided = true, .values = {}}};
@@ -74,6 +76,7 @@ OpCase binary(const std::string& name, const Shape& shape, Binary op_of,
 
 OpCase bias(const std::string& size, const Shape& shape) {
   OpCase op;
+  op.cuda = true;
   op.name = "add_bias/" + size;
   op.inputs = {{.name = "x", .shape = shape, .strided = true, .values = {}},
                {.name = "bias", .shape = {shape.back()}, .parameter = true, .values = {}}};
@@ -90,8 +93,20 @@ OpCase bias(const std::string& size, const Shape& shape) {
   return op;
 }
 
+// Weights of the loss are rounded as the output is, those of the differences as the input: hence
+// the tolerance of a cast to bf16.
+OpCase cast_row(const std::string& size, const Shape& shape, DType from, DType to) {
+  OpCase op = unary(
+      "cast_to_" + std::string(name(to)) + "/" + size, shape,
+      [to](Variable x) { return cast(std::move(x), to); }, [](double x) { return x; });
+  op.dtypes = {from};
+  op.tolerance = to == DType::bf16 ? 500 : 1;
+  return op;
+}
+
 OpCase fused_gate(const std::string& size, const Shape& shape) {
   OpCase op;
+  op.cuda = true;
   op.name = "gated_silu_fused/" + size;
   op.inputs = {{.name = "gate_up", .shape = shape, .strided = true, .values = {}}};
   op.run = [](const std::vector<Variable>& in) { return std::vector<Variable>{gated_silu(in[0])}; };
@@ -178,6 +193,24 @@ std::vector<Mistake> product_mistakes() {
        },
        "[scale] y must have the shape [2, 3] of x, got [3]"},
       {[] { scale(turned(), 2.0); }, std::string("[scale] x") + kTurned},
+  };
+}
+
+std::vector<Mistake> cast_mistakes() {
+  return {
+      {[] { cast(ids(), DType::f32); }, "[cast] goes from and to f32 and bf16, got i64 to f32"},
+      {[] { cast(f32({2}), DType::i64); }, "[cast] goes from and to f32 and bf16, got f32 to i64"},
+      {[] { cast(turned(), DType::bf16); }, std::string("[cast] x") + kTurned},
+      {[] {
+         kernels::cast(ids(), f32({2, 3}));
+       },
+       "[cast] x must be f32, bf16 or f64, got i64"},
+      {[] {
+         kernels::cast(f32({2, 3}), ids());
+       },
+       "[cast] y must be f32, bf16 or f64, got i64"},
+      {[] { kernels::cast(f32({2}), bf16({3})); },
+       "[cast] y must have the shape [2] of x, got [3]"},
   };
 }
 
@@ -308,6 +341,11 @@ void add_rows(std::vector<OpCase>& cases, const std::string& size, const Shape& 
   cases.push_back(unary("gelu/" + size, shape, gelu, exact_gelu));
   cases.push_back(unary("gelu_tanh/" + size, shape, gelu_tanh, exact_gelu_tanh));
   cases.push_back(unary("quick_gelu/" + size, shape, quick_gelu, exact_quick_gelu));
+  cases.push_back(unary(
+      "exp/" + size, shape, [](Variable x) { return exp(std::move(x)); },
+      [](double x) { return std::exp(x); }));
+  cases.push_back(cast_row(size, shape, DType::f32, DType::bf16));
+  cases.push_back(cast_row(size, shape, DType::bf16, DType::f32));
 }
 
 }  // namespace
@@ -322,6 +360,7 @@ std::vector<OpCase> elementwise_cases() {
   cases[2].mistakes = gated_mistakes();
   cases[3].mistakes = bias_mistakes();
   cases[5].mistakes = activation_mistakes();
+  cases[10].mistakes = cast_mistakes();
   cases.push_back(fused_gate("odd", {2, 3, 34}));
   cases.push_back(fused_gate("block", {3, 2060}));
   cases.push_back(fused_gate("no_rows", {0, 8}));
