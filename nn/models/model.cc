@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "nn/adapters/set.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
@@ -56,6 +57,20 @@ const Kind* find_kind(JsonReader& config) {
 }
 
 }  // namespace
+
+Model::Model() : adapters_(std::make_unique<AdapterSet>()) {}
+Model::~Model() = default;
+
+void Model::clear_adapters() {
+  adapters_ = std::make_unique<AdapterSet>();
+}
+
+std::vector<std::string> Model::other_keys(const std::string& path) const {
+  const std::string_view prefix = trunk_prefix();
+  return !prefix.empty() && path.starts_with(prefix)
+             ? std::vector<std::string>{path.substr(prefix.size())}
+             : std::vector<std::string>{};
+}
 
 std::vector<std::string> supported_models() {
   std::vector<std::string> names;

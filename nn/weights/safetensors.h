@@ -7,7 +7,8 @@
 // Reading: the file is mapped into memory and checked in full before a tensor is touched. What the
 // reference reader refuses is refused here, under the same error name ("InvalidOffset"); beyond
 // that duplicate tensor names are refused. All errors are absl::Status with the path and the byte
-// or the tensor's name. A file must not be shortened by others while it is mapped.
+// or the tensor's name. A file must not be shortened by others while it is mapped. Copies are read
+// past the mapping: their bytes are in memory once.
 //
 // Writing: tensors ordered by type (widest first), then by name; metadata first; header padded with
 // spaces to 8 bytes; a temporary file in the same folder, fsync, rename: the target is the old file
@@ -93,13 +94,15 @@ class SafetensorsFile {
   absl::StatusOr<Tensor> read(std::string_view name) const;
   // Copies the tensor into `to`, of the same shape. F16, BF16, F32 and F64 convert to f32, bf16 and
   // f64, rounding to nearest even; I32 to i32 and i64, I64 to i64. On meta only the checks are
-  // done.
+  // done. The bytes are those of the file, whatever was written to views of read().
   absl::Status read_into(std::string_view name, const Tensor& to) const;
 
  private:
   SafetensorsFile() = default;
   absl::StatusOr<const StoredTensor*> get(std::string_view name) const;
   std::byte* at(const StoredTensor& tensor) const;
+  // Elements from the file into contiguous host memory.
+  absl::Status copy_elements(const StoredTensor& tensor, const Tensor& to) const;
 
   std::string path_;
   SafetensorsHeader header_;

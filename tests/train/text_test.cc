@@ -6,7 +6,7 @@
 
 #include "core/error.h"
 #include "train/progress.h"
-#include "train/suggest.h"
+#include "core/nearest.h"
 
 namespace reprise::train {
 namespace {
