@@ -106,7 +106,6 @@ OpCase norms(const std::string& size, std::int64_t in, std::int64_t out, std::in
     }
     return std::vector<Array>{v};
   };
-  op.forward_flops = in * out * (2 * rank + 3);
   return op;
 }
 

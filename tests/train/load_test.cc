@@ -1,9 +1,10 @@
 // What the operating system says of loading: resident memory and time beside plain reading.
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,9 +12,9 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include "nn/models/llama.h"
 #include "nn/weights/folder.h"
 #include "tests/nn/files.h"
+#include "tests/train/process.h"
 
 namespace reprise::nn {
 namespace {
@@ -57,28 +58,25 @@ void read_all(const std::string& path) {
   close(file);
 }
 
-// A model of about 300 MB in bf16, written once.
+// A model of about 170 MB in bf16, written once.
 class Load : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = new Folder;
-    LlamaConfig config{.vocabulary = 16000, .width = 1024, .inner = 4096, .layers = 8, .heads = 16};
-    config.kv_heads = 16;
-    config.head_size = config.rope.dim = 64;
-    Llama model(config, {cpu, DType::bf16});
-    for (Parameter* p : model.parameters()) {
-      p->write().zero();
-    }
-    for (const NamedParameter& entry : model.named_parameters()) {
-      bytes_ += static_cast<double>(entry.parameter->value().bytes());
-    }
-    ASSERT_TRUE(save_model(model, folder_->path().string()).ok());
+    testing::write(folder_->at("config.json"), R"({"model_type": "llama", "vocab_size": 16000,
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3,
+        "num_attention_heads": 16})");
+    // By another process: this one has no memory left over that a load could use.
+    const auto outcome =
+        testing::run_program("init " + folder_->path().string() + " " + path() + " --dtype bf16");
+    ASSERT_EQ(outcome.code, 0) << outcome.text;
+    bytes_ = static_cast<double>(std::filesystem::file_size(path() + "/model.safetensors"));
   }
   static void TearDownTestSuite() {
     delete folder_;
     folder_ = nullptr;
   }
-  static std::string path() { return folder_->path().string(); }
+  static std::string path() { return folder_->at("model"); }
 
   static Folder* folder_;
   static double bytes_;
@@ -87,6 +85,7 @@ Folder* Load::folder_ = nullptr;
 double Load::bytes_ = 0;
 
 TEST_F(Load, ResidentMemoryGrowsByTheWeightsOnly) {
+  std::vector<std::unique_ptr<Model>> kept;  // so that each load needs memory of its own
   for (const DType dtype : {DType::bf16, DType::f32}) {
     absl::StatusOr<std::unique_ptr<Model>> model = absl::UnknownError("");
     const double weights = bytes_ * (dtype == DType::f32 ? 2 : 1);
@@ -94,6 +93,7 @@ TEST_F(Load, ResidentMemoryGrowsByTheWeightsOnly) {
     ASSERT_TRUE(model.ok()) << model.status();
     EXPECT_LE(grown, 1.05 * weights) << name(dtype);
     EXPECT_GE(grown, 0.9 * weights) << name(dtype);  // it was measured
+    kept.push_back(*std::move(model));
   }
   // Mapped, nothing is there before it is used.
   absl::StatusOr<std::unique_ptr<Model>> mapped = absl::UnknownError("");
@@ -107,30 +107,29 @@ TEST_F(Load, ResidentMemoryGrowsByTheWeightsOnly) {
             16000 * 1024);
 }
 
-TEST_F(Load, TakesAboutAsLongAsReadingTheFile) {
-  const std::string file = path() + "/model.safetensors";
+// The best of several loads beside reading the same warm file: the machine may be busy for a while.
+double ratio_to_reading(const std::string& folder, bool map) {
+  const std::string file = folder + "/model.safetensors";
   read_all(file);
-  // The machine may be busy for a while: some pair of neighbours has to be quiet.
+  std::vector<std::unique_ptr<Model>> kept;
   double best = 1e9;
-  for (int attempt = 0; attempt < 20 && best > 1.25; ++attempt) {
+  for (int attempt = 0; attempt < 8 && best > 1.25; ++attempt) {
     const double reading = seconds([&] { read_all(file); });
     const double loading = seconds([&] {
-      const auto model = load_model(path(), {.place = {cpu, DType::bf16}, .map = true});
-      ASSERT_TRUE(model.ok());
+      kept.push_back(*load_model(folder, {.place = {cpu, DType::bf16}, .map = map}));
     });
     best = std::min(best, loading / reading);
   }
-  EXPECT_LE(best, 1.25);
-  double copied = 1e9;
-  for (int attempt = 0; attempt < 20 && copied > 1.25; ++attempt) {
-    const double reading = seconds([&] { read_all(file); });
-    const double loading = seconds([&] {
-      const auto model = load_model(path(), {.place = {cpu, DType::bf16}});
-      ASSERT_TRUE(model.ok());
-    });
-    copied = std::min(copied, loading / reading);
-  }
-  EXPECT_LE(copied, 1.25);
+  return best;
+}
+
+TEST_F(Load, MappedTakesAboutAsLongAsReadingTheFile) {
+  EXPECT_LE(ratio_to_reading(path(), true), 1.25);
+}
+
+// Into memory of its own each page has to be made first, which reading into one buffer has not.
+TEST_F(Load, CopiedTakesLittleLonger) {
+  EXPECT_LE(ratio_to_reading(path(), false), 2.5);
 }
 
 }  // namespace
