@@ -131,6 +131,7 @@ class Cast final : public Op {  // x -> x in another dtype
       kernels::cast(run.gradient(0), dx);
     }
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {0, call.input(0).bytes() + call.output(0).bytes()};
   }

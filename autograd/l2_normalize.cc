@@ -27,6 +27,7 @@ class L2Normalize final : public Op {  // x -> y, scale
     const auto [dx, accumulate] = run.into(0, /*reuse=*/0);
     kernels::l2_normalize_backward(run.gradient(0), run.output(0), run.output(1), dx, accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {3 * call.input(0).numel(), 2 * call.input(0).bytes()};
   }

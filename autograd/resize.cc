@@ -23,6 +23,7 @@ class ResizeBicubic final : public Op {  // x -> y
     const auto [dx, accumulate] = run.into(0);
     kernels::resize_bicubic_gradient(run.gradient(0), dx, accumulate);
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {32 * call.output(0).numel(), call.input(0).bytes() + call.output(0).bytes()};
   }

@@ -13,10 +13,13 @@ bool has(Mask mask, std::size_t i) {
   return (mask >> i & 1u) != 0;
 }
 
-void take_gradient_of_y(Backward& run) {
-  if (run.wants(2)) {
-    const auto [dy, accumulate] = run.into(2);
-    kernels::take_rows(run.gradient(0), run.input(1), dy, accumulate);
+Target target(Backward& run, std::size_t i, int reuse = -1) {
+  return run.wants(i) ? run.into(i, reuse) : Target();
+}
+
+void take_gradient_of_y(const Backward& run, const Target& dy) {
+  if (dy.tensor.defined()) {
+    kernels::take_rows(run.gradient(0), run.input(1), dy.tensor, dy.accumulate);
   }
 }
 
@@ -33,6 +36,7 @@ class TakeRows final : public Op {  // x, rows -> y
     const auto [dx, accumulate] = run.into(0);
     kernels::take_rows_gradient(run.input(1), run.gradient(0), dx, accumulate);
   }
+  Mask weights() const override { return 0b01; }
   Cost cost(const Call& call) const override { return {0, 2 * call.output(0).bytes()}; }
   Cost backward_cost(const Call& call, Mask) const override {
     return {0, call.output(0).bytes() + call.input(0).bytes()};
@@ -50,11 +54,12 @@ class AddRows final : public Op {  // x, rows, y -> out
   }
   Saved saved(Mask gradients) const override { return {.inputs = has(gradients, 2) ? 0b10u : 0u}; }
   void backward(Backward& run) const override {
-    take_gradient_of_y(run);
+    take_gradient_of_y(run, target(run, 2));
     if (run.wants(0)) {
       run.give(0, run.gradient(0));
     }
   }
+  Mask weights() const override { return 0b100; }
   Cost cost(const Call& call) const override {
     return {call.input(2).numel(), 3 * call.input(2).bytes()};
   }
@@ -74,13 +79,18 @@ class PutRows final : public Op {  // x, rows, y -> out
   }
   Saved saved(Mask) const override { return {.inputs = 0b10}; }
   void backward(Backward& run) const override {
-    // First that of y: the gradient of x may be written over that of the result.
-    take_gradient_of_y(run);
-    if (run.wants(0)) {
-      const auto [dx, accumulate] = run.into(0, /*reuse=*/0);
-      kernels::put_rows_gradient(run.input(1), run.gradient(0), dx, accumulate);
+    const Target dx = target(run, 0, /*reuse=*/0), dy = target(run, 2);
+    // The first takes workspace when it accumulates; when it does not, it may be written over the
+    // gradient of the result, and comes last.
+    if (dx.accumulate) {
+      kernels::put_rows_gradient(run.input(1), run.gradient(0), dx.tensor, true);
+    }
+    take_gradient_of_y(run, dy);
+    if (dx.tensor.defined() && !dx.accumulate) {
+      kernels::put_rows_gradient(run.input(1), run.gradient(0), dx.tensor);
     }
   }
+  Mask weights() const override { return 0b101; }
   Cost cost(const Call& call) const override { return {0, 2 * call.input(2).bytes()}; }
   Cost backward_cost(const Call& call, Mask gradients) const override {
     return {0, (has(gradients, 0) ? call.input(2).bytes() : 0) +

@@ -31,16 +31,20 @@ class ScaleBy final : public Op {  // x, v -> y
     return {.inputs = (has(gradients, 0) ? 0b10u : 0u) | (has(gradients, 1) ? 0b01u : 0u)};
   }
   void backward(Backward& run) const override {
-    // First dv: dx may be written over dy.
+    Target dx, dv;
+    if (run.wants(0)) {
+      dx = run.into(0, /*reuse=*/0);
+    }
     if (run.wants(1)) {
-      const auto [dv, accumulate] = run.into(1);
-      kernels::scale_by_gradient(factors_, run.input(0), run.gradient(0), dv, accumulate);
+      dv = run.into(1);
+      // Before dx, which may be written over dy.
+      kernels::scale_by_gradient(factors_, run.input(0), run.gradient(0), dv.tensor, dv.accumulate);
     }
     if (run.wants(0)) {
-      const auto [dx, accumulate] = run.into(0, /*reuse=*/0);
-      kernels::scale_by(factors_, run.gradient(0), run.input(1), dx, accumulate);
+      kernels::scale_by(factors_, run.gradient(0), run.input(1), dx.tensor, dx.accumulate);
     }
   }
+  Mask weights() const override { return ~Mask{0}; }
   Cost cost(const Call& call) const override {
     return {call.output(0).numel(), 2 * call.output(0).bytes()};
   }

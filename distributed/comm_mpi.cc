@@ -505,7 +505,7 @@ class MpiCommunicator final : public Communicator {
 
   absl::Status connect() {
     const Pending started = queue_.push([engine = engine_] { engine->start(); });
-    const Clock::time_point end = Clock::now() + options_.limit;
+    const Clock::time_point end = Clock::now() + options_.start_limit;
     while (!started.done() && Clock::now() < end) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }

@@ -134,8 +134,10 @@ double all_reduce_value(Communicator& communicator, double value, Reduce reduce,
 
 struct ConnectOptions {
   int expected_size = 0;  // as the launcher's environment says; 0: not known
-  // A collective that is not complete after so long is an error; so are start and end.
+  // A collective that is not complete after so long is an error; so is the end.
   std::chrono::milliseconds limit = std::chrono::seconds(120);
+  // So is a start: it waits for processes to be launched, which a busy machine does slowly.
+  std::chrono::milliseconds start_limit = std::chrono::seconds(120);
 };
 
 // One process: every collective is done at once.

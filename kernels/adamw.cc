@@ -5,8 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "core/cuda_device.h"
 #include "core/parallel.h"
-#include "kernels/adamw_cpu.h"
+#include "kernels/adamw_sides.h"
 #include "kernels/dispatch.h"
 
 namespace reprise::kernels {
@@ -57,7 +58,7 @@ void check_tensor(std::size_t place, const AdamWTensor& t, Device device) {
   }
 }
 
-cpu::AdamWScalars scalars_of(const AdamWTensor& t, const AdamWSettings& s) {
+AdamWScalars scalars_of(const AdamWTensor& t, const AdamWSettings& s) {
   const auto step = static_cast<double>(t.step);
   const double correction1 = 1 - std::pow(s.beta1, step);
   const double correction2 = 1 - std::pow(s.beta2, step);
@@ -88,11 +89,8 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
   if (device.kind == DeviceKind::meta) {
     return;
   }
-  if (device.kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("adamw", cuda::adamw(tensors, settings));
-  }
-  std::vector<cpu::AdamWRun> runs(tensors.size());
-  std::vector<cpu::AdamWScalars> scalars(tensors.size());
+  std::vector<AdamWRun> runs(tensors.size());
+  std::vector<AdamWScalars> scalars(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const AdamWTensor& t = tensors[i];
     if (t.value.numel() > 0) {
@@ -106,6 +104,13 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
                  t.m.dtype()};
       scalars[i] = scalars_of(t, settings);
     }
+  }
+  if (device.kind == DeviceKind::cuda) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], scalars[i], tensors[i].value.numel(),
+                                                 cuda_stream(device)));
+    }
+    return;
   }
   parallel_for(firsts.back(), 1, [&](std::int64_t chunk, std::int64_t) {
     const auto next = std::upper_bound(firsts.begin(), firsts.end(), chunk);

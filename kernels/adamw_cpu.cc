@@ -1,10 +1,9 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/adamw_cpu.cc"
-#include "kernels/adamw_cpu.h"
-
 #include <algorithm>
 
 #include "hwy/foreach_target.h"
+#include "kernels/adamw_sides.h"
 #include "kernels/vector_io-inl.h"
 
 HWY_BEFORE_NAMESPACE();

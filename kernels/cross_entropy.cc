@@ -3,7 +3,8 @@
 #include <cmath>
 #include <string_view>
 
-#include "kernels/cross_entropy_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/cross_entropy_sides.h"
 #include "kernels/dispatch.h"
 
 namespace reprise::kernels {
@@ -41,8 +42,8 @@ void expect_scalar(std::string_view operation, std::string_view argument, const 
   expect_device(operation, argument, tensor, device);
 }
 
-cpu::LogitRows rows_of(const Tensor& x, std::int64_t stride, const Tensor& labels,
-                       std::int64_t ignore_index) {
+LogitRows rows_of(const Tensor& x, std::int64_t stride, const Tensor& labels,
+                  std::int64_t ignore_index) {
   return {x.numel() == 0 ? nullptr : x.raw(),
           x.dtype(),
           x.shape().rows(),
@@ -61,7 +62,8 @@ double checked_items(const char* operation, const Tensor& labels, std::int64_t v
   }
   std::int64_t valid = 0;
   const std::int64_t count = labels.numel();
-  const std::int64_t* at = count == 0 ? nullptr : labels.data<std::int64_t>();
+  const Tensor host = labels.device().kind == DeviceKind::cuda ? labels.to(::reprise::cpu) : labels;
+  const std::int64_t* at = count == 0 ? nullptr : host.data<std::int64_t>();
   for (std::int64_t n = 0; n < count; ++n) {
     if (at[n] == options.ignore_index) {
       continue;
@@ -82,11 +84,16 @@ void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, co
   expect_scalar(op, "loss", loss, x.device());
   const Tensor losses =
       Tensor::empty(labels.shape(), DType::f32, x.device(), MemoryKind::workspace);
-  if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(op, cuda::cross_entropy(x, labels, losses, loss, lse, options));
-  }
   const double items = checked_items(op, labels, x.shape().back(), options);
   if (x.is_meta()) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    [[maybe_unused]] const bool any = labels.numel() > 0;
+    REPRISE_CUDA_SIDE(op, cuda::cross_entropy(rows_of(x, stride, labels, options.ignore_index),
+                                              any ? lse.data<float>() : nullptr,
+                                              any ? losses.data<float>() : nullptr,
+                                              loss.data<float>(), items, cuda_stream(x.device())));
     return;
   }
   double total = 0;
@@ -111,11 +118,15 @@ void cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& labe
   expect_shape(op, "dx", dx, x.shape(), "the shape of x");
   expect_device(op, "dx", dx, x.device());
   const std::int64_t dx_stride = expect_rows(op, "dx", dx);
-  if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(op, cuda::cross_entropy_backward(g, x, labels, lse, dx, options, accumulate));
-  }
   const double items = checked_items(op, labels, x.shape().back(), options);
   if (x.is_meta() || x.numel() == 0) {
+    return;
+  }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(
+        op, cuda::cross_entropy_gradient(rows_of(x, stride, labels, options.ignore_index),
+                                         lse.data<float>(), g.data<float>(), items, dx.raw(),
+                                         dx_stride, accumulate, cuda_stream(x.device())));
     return;
   }
   cpu::cross_entropy_gradient(rows_of(x, stride, labels, options.ignore_index), lse.data<float>(),

@@ -1,12 +1,11 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cross_entropy_cpu.cc"
-#include "kernels/cross_entropy_cpu.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "core/parallel.h"
+#include "kernels/cross_entropy_sides.h"
 #include "kernels/pieces.h"
 
 // What follows foreach_target.h is compiled once for each target: not to be sorted.

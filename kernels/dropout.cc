@@ -2,7 +2,9 @@
 
 #include <cmath>
 
-#include "kernels/dropout_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/dropout_sides.h"
+#include "kernels/matrix.h"
 
 namespace reprise::kernels {
 
@@ -18,12 +20,14 @@ void dropout(const Tensor& x, double p, std::uint64_t seed, std::uint64_t offset
   if (x.is_meta() || x.numel() == 0) {
     return;
   }
-  if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("dropout", cuda::dropout(x, p, seed, offset, y, accumulate));
-  }
   const auto threshold = static_cast<std::uint32_t>(std::ceil(p * 0x1p24));
-  cpu::dropout(from, {seed, offset, threshold, static_cast<float>(1 / (1 - p))}, to, accumulate,
-               merged_size({&x, &y}));
+  const DropoutMask mask{seed, offset, threshold, static_cast<float>(1 / (1 - p))};
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("dropout", cuda::dropout(from, mask, to, accumulate, merged_size({&x, &y}),
+                                               cuda_stream(x.device())));
+    return;
+  }
+  cpu::dropout(from, mask, to, accumulate, merged_size({&x, &y}));
 }
 
 }  // namespace reprise::kernels

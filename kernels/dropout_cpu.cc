@@ -1,8 +1,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/dropout_cpu.cc"
-#include "kernels/dropout_cpu.h"
-
 #include "hwy/foreach_target.h"
+#include "kernels/dropout_sides.h"
 #include "kernels/pieces.h"
 #include "kernels/staging-inl.h"
 

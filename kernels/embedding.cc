@@ -3,7 +3,9 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/embedding_cpu.h"
+#include "core/cuda_device.h"
+#include "kernels/embedding_sides.h"
+#include "kernels/matrix.h"
 
 namespace reprise::kernels {
 namespace {
@@ -18,24 +20,31 @@ Shape shape_of_rows(const Tensor& ids, std::int64_t width) {
   return Shape(std::span<const std::int64_t>(sizes));
 }
 
-// The ids, each checked.
-std::span<const std::int64_t> checked(const Tensor& ids, std::int64_t rows) {
-  expect_dtype("embedding", "ids", ids, DType::i64);
-  expect_contiguous("embedding", "ids", ids);
-  if (ids.numel() == 0 || ids.device().kind == DeviceKind::cuda) {
-    return {};
-  }
-  const std::span<const std::int64_t> all(ids.data<std::int64_t>(),
-                                          static_cast<std::size_t>(ids.numel()));
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    if (all[i] < 0 || all[i] >= rows) {
-      fail("embedding", "id at position {} must be in [0, V) = [0, {}), got {}", i, rows, all[i]);
+void expect_in_range(const Tensor& ids, std::int64_t rows) {
+  const std::int64_t* at = ids.numel() == 0 ? nullptr : ids.data<std::int64_t>();
+  for (std::int64_t i = 0; i < ids.numel(); ++i) {
+    if (at[i] < 0 || at[i] >= rows) {
+      fail("embedding", "id at position {} must be in [0, V) = [0, {}), got {}", i, rows, at[i]);
     }
   }
-  return all;
+}
+
+// The ids, checked where the host can read them.
+const std::int64_t* checked(const Tensor& ids, std::int64_t rows) {
+  expect_dtype("embedding", "ids", ids, DType::i64);
+  expect_contiguous("embedding", "ids", ids);
+  if (ids.device().kind != DeviceKind::cuda) {
+    expect_in_range(ids, rows);
+  }
+  return ids.numel() == 0 ? nullptr : ids.data<std::int64_t>();
 }
 
 }  // namespace
+
+void expect_ids(const Tensor& ids, std::int64_t rows) {
+  expect_dtype("embedding", "ids", ids, DType::i64);
+  expect_in_range(ids.to(::reprise::cpu).contiguous(), rows);
+}
 
 void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
   expect_trainable("embedding", "table", table);
@@ -43,7 +52,7 @@ void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
     fail("embedding", "table must be [V, C], got {}", to_string(table.shape()));
   }
   expect_device("embedding", "ids", ids, table.device());
-  const auto all = checked(ids, table.size(0));
+  const std::int64_t* all = checked(ids, table.size(0));
   expect_dtype("embedding", "y", y, table.dtype());
   expect_shape("embedding", "y", y, shape_of_rows(ids, table.size(1)), "[.., C]");
   expect_device("embedding", "y", y, table.device());
@@ -51,10 +60,12 @@ void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
   if (y.is_meta() || y.numel() == 0) {
     return;
   }
+  const EmbeddingCall call{all, ids.numel(), rows, to, table.size(1)};
   if (y.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("embedding", cuda::embedding(ids, table, y));
+    REPRISE_CUDA_SIDE("embedding", cuda::embedding(call, cuda_stream(y.device())));
+    return;
   }
-  cpu::embedding(all, rows, to, table.size(1));
+  cpu::embedding(call);
 }
 
 void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t padding,
@@ -65,7 +76,7 @@ void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t paddin
   }
   expect_device("embedding", "ids", ids, dtable.device());
   const std::int64_t rows = dtable.size(0), width = dtable.size(1);
-  const auto all = checked(ids, rows);
+  const std::int64_t* all = checked(ids, rows);
   expect_trainable("embedding", "dy", dy);
   expect_shape("embedding", "dy", dy, shape_of_rows(ids, width), "[.., C]");
   expect_device("embedding", "dy", dy, dtable.device());
@@ -75,15 +86,18 @@ void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t paddin
   if (dtable.is_meta() || dtable.numel() == 0) {
     return;
   }
-  if (dtable.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("embedding", cuda::embedding_gradient(ids, dy, padding, dtable, accumulate));
-  }
   ensure(rows <= std::numeric_limits<std::int32_t>::max() &&
              ids.numel() <= std::numeric_limits<std::int32_t>::max(),
          "an embedding of {} rows and {} ids", rows, ids.numel());
   std::int64_t* order = ids.numel() == 0 ? nullptr : workspace.data<std::int64_t>();
-  cpu::embedding_gradient({all, from, to, rows, width, padding, accumulate, order,
-                           order == nullptr ? nullptr : order + ids.numel()});
+  const EmbeddingGradient call{
+      all,   ids.numel(), from,       to,    rows,
+      width, padding,     accumulate, order, order == nullptr ? nullptr : order + ids.numel()};
+  if (dtable.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE("embedding", cuda::embedding_gradient(call, cuda_stream(dtable.device())));
+    return;
+  }
+  cpu::embedding_gradient(call);
 }
 
 }  // namespace reprise::kernels

@@ -1,11 +1,10 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/embedding_cpu.cc"
-#include "kernels/embedding_cpu.h"
-
 #include <algorithm>
 #include <cstring>
 
 #include "hwy/foreach_target.h"
+#include "kernels/embedding_sides.h"
 #include "kernels/pieces.h"
 #include "kernels/staging-inl.h"
 
@@ -47,9 +46,9 @@ std::int64_t grain_of(std::int64_t width) {
 
 // Sorts (id, position) and marks where each id starts; returns the number of ids.
 std::int64_t group(const EmbeddingGradient& call) {
-  const auto count = static_cast<std::int64_t>(call.ids.size());
+  const std::int64_t count = call.count;
   for (std::int64_t i = 0; i < count; ++i) {
-    call.order[i] = call.ids[static_cast<std::size_t>(i)] << 32 | i;
+    call.order[i] = call.ids[i] << 32 | i;
   }
   std::sort(call.order, call.order + count);
   std::int64_t runs = 0;
@@ -63,16 +62,13 @@ std::int64_t group(const EmbeddingGradient& call) {
 
 }  // namespace
 
-void embedding(std::span<const std::int64_t> ids, const Matrix& table, const Matrix& y,
-               std::int64_t width) {
-  const auto row_bytes = static_cast<std::size_t>(width) * size_bytes(table.dtype);
-  parallel_for(static_cast<std::int64_t>(ids.size()), grain_of(width),
-               [&](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t i = begin; i < end; ++i) {
-                   std::memcpy(y.element(i, 0), table.element(ids[static_cast<std::size_t>(i)], 0),
-                               row_bytes);
-                 }
-               });
+void embedding(const EmbeddingCall& call) {
+  const auto row_bytes = static_cast<std::size_t>(call.width) * size_bytes(call.table.dtype);
+  parallel_for(call.count, grain_of(call.width), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::memcpy(call.y.element(i, 0), call.table.element(call.ids[i], 0), row_bytes);
+    }
+  });
 }
 
 void embedding_gradient(const EmbeddingGradient& call) {
@@ -85,7 +81,7 @@ void embedding_gradient(const EmbeddingGradient& call) {
     });
   }
   const std::int64_t runs = group(call);
-  const auto count = static_cast<std::int64_t>(call.ids.size());
+  const std::int64_t count = call.count;
   parallel_for(runs, grain_of(4 * call.width), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t run = begin; run < end; ++run) {
       const std::int64_t first = call.runs[run];

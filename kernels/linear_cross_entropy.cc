@@ -5,10 +5,10 @@
 #include <utility>
 
 #include "kernels/accumulate.h"
-#include "kernels/cross_entropy_cpu.h"
+#include "kernels/cross_entropy_sides.h"
 #include "kernels/dispatch.h"
 #include "kernels/matmul.h"
-#include "kernels/reduce_cpu.h"
+#include "kernels/reduce_sides.h"
 
 namespace reprise::kernels {
 namespace {
@@ -61,7 +61,7 @@ void check(const Tensor& x, const Tensor& w, const Tensor& labels, const Tensor&
 }
 
 // The rows of one chunk, from hidden states to gradients.
-void chunk(const Tensor& x, const Tensor& w, const cpu::LogitRows& rows, const Tensor& logits,
+void chunk(const Tensor& x, const Tensor& w, const LogitRows& rows, const Tensor& logits,
            float factor, float* losses, const Tensor& dx, const Tensor& dw, bool first) {
   matmul(x, w, logits, {.transpose_b = true});
   if (!dx.defined() && !dw.defined()) {
@@ -115,7 +115,7 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
   for (std::int64_t begin = 0; begin < tokens; begin += rows) {
     const std::int64_t end = std::min(tokens, begin + rows);
     const Tensor part = logits.slice(0, 0, end - begin);
-    cpu::LogitRows parts{};
+    LogitRows parts{};
     if (elements) {
       parts = {vocabulary == 0 ? nullptr : part.raw(),
                part.dtype(),

@@ -4,9 +4,10 @@
 #include <string_view>
 #include <vector>
 
+#include "core/cuda_device.h"
 #include "core/parallel.h"
 #include "kernels/dispatch.h"
-#include "kernels/reduce_cpu.h"
+#include "kernels/reduce_sides.h"
 
 namespace reprise::kernels {
 namespace {
@@ -19,16 +20,22 @@ void expect_f32_or_bf16(std::string_view operation, std::string_view argument,
 }
 
 std::int64_t chunks_of(std::int64_t count) {
-  return (count + cpu::kChunkElements - 1) / cpu::kChunkElements;
+  return (count + kChunkElements - 1) / kChunkElements;
 }
 
-cpu::Elements elements_of(std::string_view operation, const Tensor& x) {
+Elements elements_of(std::string_view operation, const Tensor& x) {
   const std::int64_t stride = expect_rows(operation, "x", x);
   const std::int64_t count = x.numel();
   if (x.is_contiguous()) {
     return {nullptr, x.dtype(), count, count, count};
   }
   return {nullptr, x.dtype(), count, x.shape().back(), stride};
+}
+
+// Of a list: contiguous.
+Elements whole(const Tensor& x) {
+  const std::int64_t count = x.numel();
+  return {count == 0 ? nullptr : x.raw(), x.dtype(), count, count, count};
 }
 
 void expect_result(std::string_view operation, const Tensor& out, const Shape& shape,
@@ -52,7 +59,7 @@ void write(const Tensor& out, std::int64_t i, double value) {
 void reduce(std::string_view operation, const Tensor& x, bool squares, double factor,
             const Tensor& out) {
   expect_f32_or_bf16(operation, "x", x);
-  cpu::Elements elements = elements_of(operation, x);
+  Elements elements = elements_of(operation, x);
   expect_result(operation, out, Shape{}, "[]", x.device());
   const std::int64_t chunks = chunks_of(elements.count);
   const Tensor partial =
@@ -61,14 +68,18 @@ void reduce(std::string_view operation, const Tensor& x, bool squares, double fa
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(operation, cuda::reduce(x, squares, factor, partial, out));
+    elements.at = chunks == 0 ? nullptr : x.raw();
+    REPRISE_CUDA_SIDE(operation, cuda::reduce(elements, squares, factor,
+                                              chunks == 0 ? nullptr : partial.data<double>(),
+                                              out.dtype(), out.raw(), cuda_stream(x.device())));
+    return;
   }
   double total = 0;
   if (chunks > 0) {
     elements.at = x.raw();
     double* sums = partial.data<double>();
-    parallel_for(elements.count, cpu::kChunkElements, [&](std::int64_t begin, std::int64_t end) {
-      sums[begin / cpu::kChunkElements] = cpu::chunk_sum(elements, squares, begin, end);
+    parallel_for(elements.count, kChunkElements, [&](std::int64_t begin, std::int64_t end) {
+      sums[begin / kChunkElements] = cpu::chunk_sum(elements, squares, begin, end);
     });
     for (std::int64_t i = 0; i < chunks; ++i) {
       total += sums[i];
@@ -104,8 +115,8 @@ void for_chunks(std::span<const Tensor> tensors, const std::vector<std::int64_t>
     const auto next = std::upper_bound(firsts.begin(), firsts.end(), chunk);
     const std::int64_t j = next - firsts.begin() - 1;
     const Tensor& x = tensors[static_cast<std::size_t>(j)];
-    const std::int64_t begin = (chunk - firsts[static_cast<std::size_t>(j)]) * cpu::kChunkElements;
-    f(x, chunk, begin, std::min(x.numel(), begin + cpu::kChunkElements));
+    const std::int64_t begin = (chunk - firsts[static_cast<std::size_t>(j)]) * kChunkElements;
+    f(x, chunk, begin, std::min(x.numel(), begin + kChunkElements));
   });
 }
 
@@ -125,7 +136,10 @@ void sum_backward(const Tensor& g, double factor, const Tensor& dx, bool accumul
     return;
   }
   if (dx.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("sum_backward", cuda::sum_backward(g, factor, dx, accumulate));
+    REPRISE_CUDA_SIDE("sum_backward",
+                      cuda::add_constant(dx.dtype(), dx.raw(), dx.numel(), g.data<float>(), factor,
+                                         accumulate, cuda_stream(dx.device())));
+    return;
   }
   const auto value = static_cast<float>(factor * g.item<float>());
   cpu::add_constant(dx.dtype(), dx.raw(), dx.numel(), value, accumulate);
@@ -137,15 +151,17 @@ void sum_squares_backward(const Tensor& g, const Tensor& x, double factor, const
   expect_dtype("sum_squares_backward", "x", x, dx.dtype());
   expect_shape("sum_squares_backward", "x", x, dx.shape(), "the shape of dx");
   expect_device("sum_squares_backward", "x", x, g.device());
-  cpu::Elements elements = elements_of("sum_squares_backward", x);
+  Elements elements = elements_of("sum_squares_backward", x);
   if (dx.is_meta() || dx.numel() == 0) {
     return;
   }
+  elements.at = x.raw();
   if (dx.device().kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE("sum_squares_backward",
-                      cuda::sum_squares_backward(g, x, factor, dx, accumulate));
+                      cuda::add_scaled(elements, g.data<float>(), 2 * factor, dx.dtype(), dx.raw(),
+                                       accumulate, cuda_stream(dx.device())));
+    return;
   }
-  elements.at = x.raw();
   cpu::add_scaled(elements, static_cast<float>(2 * factor * g.item<float>()), dx.dtype(), dx.raw(),
                   accumulate);
 }
@@ -160,14 +176,20 @@ void squared_norms(std::span<const Tensor> tensors, const Tensor& out) {
   if (out.is_meta()) {
     return;
   }
-  if (device.kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("squared_norms", cuda::squared_norms(tensors, partial, out));
-  }
   double* sums = firsts.back() == 0 ? nullptr : partial.data<double>();
+  if (device.kind == DeviceKind::cuda) {
+    for (std::size_t j = 0; j < tensors.size(); ++j) {
+      REPRISE_CUDA_SIDE(
+          "squared_norms",
+          cuda::reduce(whole(tensors[j]), true, 1.0, sums == nullptr ? nullptr : sums + firsts[j],
+                       out.dtype(), static_cast<char*>(out.raw()) + j * size_bytes(out.dtype()),
+                       cuda_stream(device)));
+    }
+    return;
+  }
   for_chunks(tensors, firsts,
              [&](const Tensor& x, std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-               const std::int64_t all = x.numel();
-               sums[chunk] = cpu::chunk_sum({x.raw(), x.dtype(), all, all, all}, true, begin, end);
+               sums[chunk] = cpu::chunk_sum(whole(x), true, begin, end);
              });
   for (std::int64_t j = 0; j < count; ++j) {
     double total = 0;
@@ -185,7 +207,14 @@ void scale_all(std::span<const Tensor> tensors, double factor) {
     return;
   }
   if (tensors[0].device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("scale_all", cuda::scale_all(tensors, factor));
+    for (const Tensor& x : tensors) {
+      if (x.numel() > 0) {
+        REPRISE_CUDA_SIDE("scale_all",
+                          cuda::scale_all(x.dtype(), x.raw(), x.numel(), static_cast<float>(factor),
+                                          cuda_stream(x.device())));
+      }
+    }
+    return;
   }
   for_chunks(tensors, firsts,
              [&](const Tensor& x, std::int64_t, std::int64_t begin, std::int64_t end) {

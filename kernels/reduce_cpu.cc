@@ -1,11 +1,10 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/reduce_cpu.cc"
-#include "kernels/reduce_cpu.h"
-
 #include <algorithm>
 
 #include "hwy/foreach_target.h"
 #include "kernels/pieces.h"
+#include "kernels/reduce_sides.h"
 #include "kernels/vector_io-inl.h"
 
 HWY_BEFORE_NAMESPACE();

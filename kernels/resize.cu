@@ -18,7 +18,7 @@ struct Resize {
     const Taps rows = taps_of(call.height, pixel / call.width.to);
     const Taps columns = taps_of(call.width, pixel % call.width.to);
     Run sum = {};
-#pragma unroll
+#pragma unroll 1
     for (int a = 0; a < 4; ++a) {
       const std::int64_t row = element_of(call.height, rows, a) * call.width.from;
 #pragma unroll

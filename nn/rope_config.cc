@@ -144,7 +144,7 @@ void scale_yarn(const RopeConfig& rope, std::vector<float>& frequencies) {
 }  // namespace
 
 RopeConfig read_rope(JsonReader& json, std::int64_t head_size, std::int64_t max_positions,
-                     double default_theta) {
+                     double default_theta, double default_share) {
   RopeConfig rope;
   rope.max_positions = max_positions;
   const bool newer = json.has("rope_parameters");
@@ -152,7 +152,7 @@ RopeConfig read_rope(JsonReader& json, std::int64_t head_size, std::int64_t max_
   // Files in between carry some of the keys at both places; the nested one is meant.
   const double theta = json.number("rope_theta", default_theta);
   rope.theta = parameters.number("rope_theta", theta);
-  const double share = json.number("partial_rotary_factor", 1);
+  const double share = json.number("partial_rotary_factor", default_share);
   const double rotated =
       static_cast<double>(head_size) * parameters.number("partial_rotary_factor", share);
   const bool within = rotated >= 0 && rotated <= static_cast<double>(head_size);

@@ -38,7 +38,7 @@ struct RopeConfig {
 // Reads rope_theta, rope_scaling and partial_rotary_factor (older files) or rope_parameters
 // (newer).
 RopeConfig read_rope(JsonReader& json, std::int64_t head_size, std::int64_t max_positions,
-                     double default_theta);
+                     double default_theta, double default_share = 1);
 
 // D/2 frequencies for sequences of `length` positions (largest position + 1).
 std::vector<float> rope_frequencies(const RopeConfig& config, std::int64_t length);

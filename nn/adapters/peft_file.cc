@@ -170,9 +170,9 @@ std::vector<Entry> entries_of(Model& model, const NamedAdapter& adapter,
     if (file.find(entry.key) != nullptr) {
       continue;
     }
-    for (const std::string& other : model.other_keys(entry.key.substr(kPrefix.size()))) {
-      if (file.find(kPrefix + other) != nullptr) {
-        entry.key = kPrefix + other;
+    for (const FileKey& other : model.file_keys(entry.key.substr(kPrefix.size()))) {
+      if (file.find(kPrefix + other.key) != nullptr) {
+        entry.key = kPrefix + other.key;
         break;
       }
     }

@@ -53,11 +53,15 @@ void LanguageModel::check(const Batch& batch) const {
   }
   const Shape& shape = batch.ids.shape();
   for (const auto& [argument, tensor] :
-       {std::pair("labels", &batch.labels), std::pair("mask", &batch.mask),
-        std::pair("positions", &batch.positions)}) {
+       {std::pair("labels", &batch.labels), std::pair("mask", &batch.mask)}) {
     if (tensor->defined()) {
       expect_ids(argument, *tensor, shape);
     }
+  }
+  if (batch.positions.defined()) {
+    const std::int64_t numbers = numbers_a_position();
+    const bool several = numbers > 1 && batch.positions.rank() == 3;
+    expect_ids("positions", batch.positions, several ? Shape{numbers, shape[0], shape[1]} : shape);
   }
   for (const auto& [argument, tensor] :
        {std::pair("pixels", &batch.pixels), std::pair("grids", &batch.grids),

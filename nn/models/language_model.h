@@ -30,6 +30,8 @@ class LanguageModel : public Model {
  protected:
   // Whether rows of ids may have images in them.
   virtual bool takes_images() const { return false; }
+  // 3 where a batch may also have positions [3, B, T].
+  virtual std::int64_t numbers_a_position() const { return 1; }
   // Common checks of a batch: ids [B, T] i64, the others likewise.
   void check(const Batch& batch) const;
   // Those given [B, T], or counted from the start of each text: [T] when rows do not differ, unless

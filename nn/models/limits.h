@@ -11,6 +11,7 @@ inline constexpr std::int64_t kMostWidth = std::int64_t{1} << 20;   // of states
 inline constexpr std::int64_t kMostHeads = std::int64_t{1} << 14;
 inline constexpr std::int64_t kMostHeadSize = std::int64_t{1} << 14;
 inline constexpr std::int64_t kMostLayers = 10000;
+inline constexpr std::int64_t kMostImageSide = std::int64_t{1} << 14;  // in pixels
 inline constexpr std::int64_t kMostPositions = std::int64_t{1} << 31;
 
 }  // namespace reprise::nn

@@ -1,14 +1,11 @@
 #include "nn/models/llama.h"
 
-#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "autograd/elementwise.h"
 #include "autograd/shape.h"
-#include "core/error.h"
 #include "nn/blocks.h"
-#include "nn/models/limits.h"
 
 namespace reprise::nn {
 
@@ -26,6 +23,10 @@ LlamaAttention::LlamaAttention(const LlamaConfig& config, std::int64_t layer, Pl
   add("k_proj", k_proj);
   add("v_proj", v_proj);
   add("o_proj", o_proj);
+  if (config.qk_norm) {
+    add("q_norm", q_norm.emplace(config.head_size, config.epsilon, place));
+    add("k_norm", k_norm.emplace(config.head_size, config.epsilon, place));
+  }
 }
 
 Variable LlamaAttention::operator()(Variable x, const Visible& visible,
@@ -35,8 +36,12 @@ Variable LlamaAttention::operator()(Variable x, const Visible& visible,
   Variable q = reshape(q_proj(x), q_heads);              // [B, T, H, D]
   Variable k = reshape(k_proj(x), kv_heads);             // [B, T, K, D]
   Variable v = reshape(v_proj(std::move(x)), kv_heads);  // [B, T, K, D]
-  q = rope(std::move(q), rotation.positions, rotation.frequencies, rotation.options);
-  k = rope(std::move(k), rotation.positions, rotation.frequencies, rotation.options);
+  if (q_norm) {
+    q = (*q_norm)(std::move(q));  // over each head's D
+    k = (*k_norm)(std::move(k));
+  }
+  q = rotation(std::move(q));
+  k = rotation(std::move(k));
   const double scale = 1 / std::sqrt(static_cast<double>(head_size_));
   Variable a =
       attend(std::move(q), std::move(k), std::move(v), visible,
@@ -89,9 +94,8 @@ LlamaTrunk::LlamaTrunk(const LlamaConfig& config, Place place)
   }
 }
 
-Variable LlamaTrunk::operator()(const Batch& batch, const Rotation& rotation) const {
-  Variable x = embed_tokens(batch.ids);  // [B, T, C]
-  const Visible visible = visible_of(batch);
+Variable LlamaTrunk::operator()(Variable x, const Visible& visible,
+                                const Rotation& rotation) const {
   x = run_blocks("layers", layers, std::move(x), [&](const LlamaBlock& block, Variable in) {
     return block(std::move(in), visible, rotation);
   });
@@ -109,23 +113,10 @@ Llama::Llama(const LlamaConfig& config, Place place) : model(config, place), con
 
 Variable Llama::hidden(const Batch& batch) {
   check(batch);
-  return model(batch, rotation(batch));
-}
-
-Rotation Llama::rotation(const Batch& batch) const {
-  const Tensor positions = positions_of(batch);  // [T] or [B, T]
-  const std::vector<std::int64_t> at = positions.to_vector<std::int64_t>();
-  for (const std::int64_t position : at) {
-    if (position < 0 || position >= kMostPositions) {
-      fail("model", "positions must be from 0 to {}, got {}", kMostPositions - 1, position);
-    }
-  }
-  const std::int64_t length = at.empty() ? 0 : *std::max_element(at.begin(), at.end()) + 1;
-  const std::vector<float> frequencies = rope_frequencies(config_.rope, length);
-  const Shape half{static_cast<std::int64_t>(frequencies.size())};
-  return {positions,
-          Tensor::from(frequencies, half, model.embed_tokens.weight.value().device()),
-          {.style = RopeStyle::half, .attention_factor = config_.rope.attention_factor}};
+  const Device device = embedding_table().value().device();
+  const Rotation rotation = rotation_of(config_.rope, positions_of(batch), device);
+  Variable x = model.embed_tokens(batch.ids);  // [B, T, C]
+  return model(std::move(x), visible_of(batch), rotation);
 }
 
 void Llama::initialize(Generator& generator) {

@@ -1,7 +1,8 @@
-// Llama and its relative Qwen2, which differs in its config alone: biases on q, k and v, and a
-// window on some layers. Touvron et al., "LLaMA: open and efficient foundation language models",
-// 2023; "Llama 2", 2023; Yang et al., "Qwen2 technical report", 2024: pre-norm blocks with
-// rms_norm, rotary positions, grouped key/value heads, gated feed-forward.
+// Llama and its relatives Qwen2 (biases on q, k and v, a window on some layers) and Qwen3 (windows
+// too, no biases, norms on q and k), which differ in their configs alone; also the decoder of
+// Qwen2-VL. Touvron et al., "LLaMA: open and efficient foundation language models", 2023; "Llama
+// 2", 2023; Yang et al., "Qwen2 technical report", 2024; "Qwen3 technical report", 2025: pre-norm
+// blocks with rms_norm, rotary positions, grouped key/value heads, gated feed-forward.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +10,18 @@
 #include <string>
 #include <vector>
 
-#include "autograd/rope.h"
 #include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/models/activation.h"
 #include "nn/models/attend.h"
 #include "nn/models/language_model.h"
+#include "nn/models/rotation.h"
 #include "nn/norm.h"
-#include "nn/rope_config.h"
 
 namespace reprise::nn {
 
 struct LlamaConfig {
-  std::string type = "llama";                //     or "qwen2"
+  std::string type = "llama";                //     model_type
   std::int64_t vocabulary = 32000;           // V   vocab_size
   std::int64_t width = 4096;                 // C   hidden_size
   std::int64_t inner = 11008;                // F   intermediate_size
@@ -33,8 +33,9 @@ struct LlamaConfig {
   Activation activation = Activation::silu;  //  hidden_act
   double epsilon = 1e-6;                     //     rms_norm_eps
   RopeConfig rope{.dim = 128, .max_positions = 2048};
-  bool qkv_bias = false, output_bias = false;  // attention_bias: both; always, only for qwen2
+  bool qkv_bias = false, output_bias = false;  // attention_bias: both; qwen2: always, never
   bool mlp_bias = false;
+  bool qk_norm = false;  // qwen3: rms_norm of each head of q and k, before they are rotated
   double attention_dropout = 0;
   std::vector<std::int64_t> windows;  //     a layer's window, 0: none; empty: none at all
   double initializer_range = 0.02;
@@ -42,15 +43,11 @@ struct LlamaConfig {
   bool tied = false;                    //     tie_word_embeddings
 };
 
-// Problems are noted in `json`. `type`: "llama" or "qwen2".
+// Problems are noted in `json`. `type`: "llama", "qwen2", "qwen3", or "qwen2_vl" for the keys of
+// its decoder.
 LlamaConfig read_llama_config(JsonReader& json, std::string_view type);
-
-// What rotates q and k in one forward: made once, read by every block.
-struct Rotation {
-  Variable positions;    // i64 [T], or [B, T] when rows differ
-  Variable frequencies;  // f32 [D/2]
-  RopeOptions options;
-};
+// The way back: every key that read_llama_config reads.
+nlohmann::json llama_json(const LlamaConfig& config);
 
 class LlamaAttention : public Module {
  public:
@@ -58,6 +55,7 @@ class LlamaAttention : public Module {
   Variable operator()(Variable x, const Visible& visible, const Rotation& rotation) const;
 
   Linear q_proj, k_proj, v_proj, o_proj;
+  std::optional<RmsNorm> q_norm, k_norm;  // with qk_norm
 
  private:
   std::int64_t heads_, kv_heads_, head_size_, window_;
@@ -88,7 +86,8 @@ class LlamaBlock : public Module {
 class LlamaTrunk : public Module {
  public:
   LlamaTrunk(const LlamaConfig& config, Place place);
-  Variable operator()(const Batch& batch, const Rotation& rotation) const;
+  // x [B, T, C]: what embed_tokens gave, with images in it where there are some.
+  Variable operator()(Variable x, const Visible& visible, const Rotation& rotation) const;
 
   Embedding embed_tokens;
   ModuleList<LlamaBlock> layers;
@@ -115,7 +114,6 @@ class Llama : public LanguageModel {
 
  private:
   std::string write_config() const override;  // in llama_config.cc, beside its reader
-  Rotation rotation(const Batch& batch) const;
 
   LlamaConfig config_;
 };

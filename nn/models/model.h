@@ -47,6 +47,13 @@ struct LossOptions {
   std::optional<double> items;
 };
 
+// Where a file holds a parameter: in a tensor of its own, or in rows of a larger one.
+struct FileKey {
+  std::string key;
+  std::int64_t first = 0;  // the row of the larger tensor at which the parameter starts
+  std::int64_t rows = 0;   // of the larger tensor; 0: one of its own
+};
+
 struct NamedOutput {
   std::string name;  // "logits", "image_embeds", "hidden"
   Variable value;
@@ -71,10 +78,10 @@ class Model : public Module {
   virtual Linear* head() { return nullptr; }
   // Before the paths of all but the head: files of the bare trunk lack it.
   virtual std::string_view trunk_prefix() const { return ""; }
-  // What the parameter at this path is called in files of other generations, the likeliest first:
-  // weights and adapters are looked for under these names too. Here the path without the prefix of
-  // the trunk.
-  virtual std::vector<std::string> other_keys(const std::string& path) const;
+  // Where files may hold the parameter at `path`, of a module of this model or of an adapter on it.
+  // The first is the one that is written, a tensor of its own. Unless a model has it otherwise: its
+  // path, then its path without the trunk's prefix.
+  virtual std::vector<FileKey> file_keys(const std::string& path) const;
   // Tensors of old files that are no parameters.
   virtual bool is_buffer(std::string_view) const { return false; }
 

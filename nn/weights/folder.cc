@@ -113,17 +113,18 @@ absl::Status verify(const std::string& path, const std::vector<NamedTensor>& ten
   return absl::OkStatus();
 }
 
-absl::Status write_shard(const std::string& path, std::span<const NamedParameter> entries,
+absl::Status write_shard(const Model& model, const std::string& path,
+                         std::span<const NamedParameter> entries,
                          const std::function<Tensor(const NamedParameter&)>& value, bool verified) {
   std::vector<NamedTensor> tensors;
   for (const NamedParameter& entry : entries) {
-    tensors.push_back({entry.path, value(entry)});
+    tensors.push_back({model.file_keys(entry.path).front().key, value(entry)});
   }
   const absl::Status status = write_safetensors(path, tensors);
   return status.ok() && verified ? verify(path, tensors) : status;
 }
 
-absl::Status write_index(const std::string& folder,
+absl::Status write_index(const Model& model, const std::string& folder,
                          std::span<const std::span<const NamedParameter>> shards,
                          const std::vector<std::string>& files) {
   nlohmann::json index;
@@ -131,7 +132,7 @@ absl::Status write_index(const std::string& folder,
   std::int64_t total_bytes = 0;
   for (std::size_t i = 0; i < shards.size(); ++i) {
     for (const NamedParameter& entry : shards[i]) {
-      index["weight_map"][entry.path] = files[i];
+      index["weight_map"][model.file_keys(entry.path).front().key] = files[i];
       total_bytes += entry.parameter->value().bytes();
     }
   }
@@ -245,15 +246,24 @@ const SafetensorsFile* WeightFolder::find(std::string_view name) const {
   return found == index_.end() ? nullptr : found->second;
 }
 
-std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path) {
-  if (weights.find(path) == nullptr) {
-    for (const std::string& other : model.other_keys(path)) {
-      if (weights.find(other) != nullptr) {
-        return other;
-      }
+namespace {
+
+// Where these files hold the parameter; the first place that they may when they do not.
+FileKey place_in(const WeightFolder& weights, const Model& model, const std::string& path) {
+  const std::vector<FileKey> places = model.file_keys(path);
+  for (const FileKey& place : places) {
+    if (weights.find(place.key) != nullptr) {
+      return place;
     }
   }
-  return path;
+  return places.front();
+}
+
+}  // namespace
+
+std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path) {
+  const FileKey place = place_in(weights, model, path);
+  return place.rows == 0 && weights.find(place.key) != nullptr ? place.key : path;
 }
 
 namespace {
@@ -263,9 +273,9 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
   std::vector<std::string> missing, unexpected;
   std::set<std::string> used;
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
+    const std::string key = place_in(weights, model, entry.path).key;
     if (weights.find(key) == nullptr) {
-      missing.push_back(entry.path);
+      missing.push_back(key);
     } else {
       used.insert(key);
     }
@@ -289,10 +299,11 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
     return absl::InvalidArgumentError(text);
   }
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
+    const FileKey place = place_in(weights, model, entry.path);
     const Tensor& value = entry.parameter->value();
+    const Shape shape = place.rows > 0 ? value.shape().with(0, place.rows) : value.shape();
     const absl::Status status =
-        weights.find(key)->read_into(key, Tensor::empty(value.shape(), value.dtype(), meta));
+        weights.find(place.key)->read_into(place.key, Tensor::empty(shape, value.dtype(), meta));
     if (!status.ok()) {
       return status;
     }
@@ -303,16 +314,20 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
 // Of a folder that was checked.
 absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
   for (const NamedParameter& entry : weights_of_file(model)) {
-    const std::string key = key_in(weights, model, entry.path);
-    const SafetensorsFile& file = *weights.find(key);
+    const FileKey place = place_in(weights, model, entry.path);
+    const SafetensorsFile& file = *weights.find(place.key);
     Parameter& parameter = *entry.parameter;
     const bool in_place = map && parameter.value().device() == cpu &&
-                          file.find(key)->type == stored_type(parameter.value().dtype());
+                          file.find(place.key)->type == stored_type(parameter.value().dtype());
     if (in_place) {
-      parameter.bind_value(*file.read(key));
+      const Tensor whole = *file.read(place.key);
+      const std::int64_t end = place.first + (place.rows > 0 ? parameter.shape()[0] : 0);
+      parameter.bind_value(place.rows > 0 ? whole.slice(0, place.first, end) : whole);
       continue;
     }
-    const absl::Status status = file.read_into(key, parameter.write());
+    const absl::Status status = place.rows > 0
+                                    ? file.read_rows_into(place.key, place.first, parameter.write())
+                                    : file.read_into(place.key, parameter.write());
     if (!status.ok()) {
       return status;
     }
@@ -331,11 +346,32 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map) {
   return status.ok() ? read_weights(*weights, model, map) : status;
 }
 
+namespace {
+
+// Of a tensor that a parameter may be: sizes of other files are anything.
+std::optional<Shape> shape_in(const WeightFolder& weights, const std::string& name) {
+  const SafetensorsFile* const file = weights.find(name);
+  const StoredTensor* const tensor = file != nullptr ? file->find(name) : nullptr;
+  if (tensor == nullptr || tensor->shape.size() > static_cast<std::size_t>(Shape::kMaxRank)) {
+    return std::nullopt;
+  }
+  const std::vector<std::int64_t> sizes(tensor->shape.begin(), tensor->shape.end());
+  const bool small = std::ranges::all_of(
+      sizes, [](std::int64_t size) { return size >= 0 && size <= std::int64_t{1} << 32; });
+  return small ? std::optional<Shape>(std::span<const std::int64_t>(sizes)) : std::nullopt;
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
                                                   const LoadOptions& options) {
   absl::StatusOr<JsonReader> config = JsonReader::open(inside(folder, "config.json"));
   if (!config.ok()) {
     return config.status();
+  }
+  const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
+  if (weights.ok()) {
+    config->set_shapes([&](const std::string& name) { return shape_in(*weights, name); });
   }
   try {
     // Without memory first: sizes that the files do not have are refused before anything is
@@ -345,7 +381,6 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
     if (!shapes.ok()) {
       return shapes;
     }
-    const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
     if (!weights.ok()) {
       return weights.status();
     }
@@ -381,10 +416,10 @@ absl::Status save_model(Model& model, const std::string& folder, const SaveOptio
     files.push_back(shards.size() == 1
                         ? std::string(kSingle)
                         : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size()));
-    status = write_shard(inside(folder, files.back()), shards[i], value, options.verify);
+    status = write_shard(model, inside(folder, files.back()), shards[i], value, options.verify);
   }
   if (status.ok() && shards.size() > 1) {
-    status = write_index(folder, shards, files);
+    status = write_index(model, folder, shards, files);
   }
   if (status.ok()) {
     const DType dtype = entries.empty() ? DType::f32 : entries.front().parameter->dtype();

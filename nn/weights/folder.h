@@ -70,7 +70,8 @@ struct SaveOptions {
 // not written (see nn/lora.h).
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
 
-// The key of each parameter in the files of `folder`: its path, or one of Model::other_keys.
+// The key of the parameter at `path` in these files: that of model.file_keys() which they have. The
+// path itself when they have none, or hold the parameter as rows of a larger tensor.
 std::string key_in(const WeightFolder& weights, const Model& model, const std::string& path);
 
 }  // namespace reprise::nn

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "core/shape.h"
 
 namespace reprise::nn {
 
@@ -60,6 +62,15 @@ class JsonReader {
   // For values of several kinds; null when absent.
   const nlohmann::json& value(std::string_view key) const;
 
+  // The shapes of the weights that a config came with: some sizes of a model stand nowhere else.
+  using Shapes = std::function<std::optional<Shape>(const std::string& tensor)>;
+  void set_shapes(Shapes shapes) { document_->shapes = std::move(shapes); }
+  bool has_shapes() const { return document_->shapes != nullptr; }
+  // Nothing when there is no such tensor, or the config came alone.
+  std::optional<Shape> stored_shape(const std::string& tensor) const {
+    return has_shapes() ? document_->shapes(tensor) : std::nullopt;
+  }
+
   // Notes a problem of this key: "FILE: KEY WHAT".
   void refuse(std::string_view key, std::string_view what);
 
@@ -68,6 +79,7 @@ class JsonReader {
     std::string path;
     nlohmann::json root;
     absl::Status status;
+    Shapes shapes;
   };
   JsonReader(std::shared_ptr<Document> document, const nlohmann::json* at, std::string prefix)
       : document_(std::move(document)), at_(at), prefix_(std::move(prefix)) {}

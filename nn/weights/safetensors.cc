@@ -276,11 +276,12 @@ absl::StatusOr<Tensor> SafetensorsFile::read(std::string_view name) const {
     return Tensor::wrap(bytes, *shape, *dtype, cpu, mapping_);
   }
   const Tensor copy = Tensor::empty(*shape, *dtype);
-  const absl::Status status = copy_elements(tensor, copy);
+  const absl::Status status = copy_elements(tensor, 0, copy);
   return status.ok() ? absl::StatusOr<Tensor>(copy) : status;
 }
 
-absl::Status SafetensorsFile::copy_elements(const StoredTensor& tensor, const Tensor& to) const {
+absl::Status SafetensorsFile::copy_elements(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                                            const Tensor& to) const {
   // Small enough for the bytes of a conversion to stay in a cache.
   constexpr std::int64_t kChunk = 1 << 18;  // elements
   const auto& mapping = *static_cast<const Mapping*>(mapping_.get());
@@ -288,7 +289,7 @@ absl::Status SafetensorsFile::copy_elements(const StoredTensor& tensor, const Te
   const auto own_bytes = static_cast<std::int64_t>(size_bytes(to.dtype()));
   const Convert convert =
       tensor.type == stored_type(to.dtype()) ? nullptr : conversion(tensor.type, to.dtype());
-  const std::uint64_t first = header_.data_begin + tensor.begin;
+  const std::uint64_t first = header_.data_begin + tensor.begin + skipped_bytes;
   std::atomic<int> problem = 0;
   const std::int64_t count = to.numel(), chunks = (count + kChunk - 1) / kChunk;
   parallel_for(chunks, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -331,17 +332,44 @@ absl::Status SafetensorsFile::read_into(std::string_view name, const Tensor& to)
                                                   path_, name, to_string(to.shape()),
                                                   shape_text(tensor.shape)));
   }
+  return convert_into(tensor, 0, to);
+}
+
+absl::Status SafetensorsFile::read_rows_into(std::string_view name, std::int64_t first,
+                                             const Tensor& to) const {
+  const absl::StatusOr<const StoredTensor*> found = get(name);
+  if (!found.ok()) {
+    return found.status();
+  }
+  const StoredTensor& tensor = **found;
+  const absl::StatusOr<Shape> shape = shape_of(tensor, path_);
+  if (!shape.ok()) {
+    return shape.status();
+  }
+  const bool within = shape->rank() > 0 && to.rank() == shape->rank() && first >= 0 &&
+                      first <= (*shape)[0] - to.size(0) && shape->with(0, to.size(0)) == to.shape();
+  if (!within) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: tensor \"{}\" must have rows {} and on of shape {}, got {}", path_, name,
+                    first, to_string(to.shape()), shape_text(tensor.shape)));
+  }
+  const std::int64_t skipped = (*shape)[0] == 0 ? 0 : first * (shape->numel() / (*shape)[0]);
+  return convert_into(tensor, static_cast<std::uint64_t>(skipped * size_bits(tensor.type) / 8), to);
+}
+
+absl::Status SafetensorsFile::convert_into(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                                           const Tensor& to) const {
   if (tensor.type != stored_type(to.dtype()) && conversion(tensor.type, to.dtype()) == nullptr) {
     return absl::InvalidArgumentError(
-        fmt::format("{}: tensor \"{}\" of type {} cannot be read as {}", path_, name,
+        fmt::format("{}: tensor \"{}\" of type {} cannot be read as {}", path_, tensor.name,
                     nn::name(tensor.type), reprise::name(to.dtype())));
   }
   if (to.is_meta()) {
     return absl::OkStatus();
   }
   const bool direct = to.device().kind != DeviceKind::cuda && to.is_contiguous();
-  const Tensor host = direct ? to : Tensor::empty(*shape, to.dtype());
-  const absl::Status status = copy_elements(tensor, host);
+  const Tensor host = direct ? to : Tensor::empty(to.shape(), to.dtype());
+  const absl::Status status = copy_elements(tensor, skipped_bytes, host);
   if (status.ok() && !direct) {
     to.copy_from(host);
   }

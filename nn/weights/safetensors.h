@@ -96,13 +96,19 @@ class SafetensorsFile {
   // f64, rounding to nearest even; I32 to i32 and i64, I64 to i64. On meta only the checks are
   // done. The bytes are those of the file, whatever was written to views of read().
   absl::Status read_into(std::string_view name, const Tensor& to) const;
+  // The same of the rows (the first dimension) from `first` on, as many as `to` has.
+  absl::Status read_rows_into(std::string_view name, std::int64_t first, const Tensor& to) const;
 
  private:
   SafetensorsFile() = default;
   absl::StatusOr<const StoredTensor*> get(std::string_view name) const;
   std::byte* at(const StoredTensor& tensor) const;
+  // `to` from the elements of `tensor` that begin at this byte of its own.
+  absl::Status convert_into(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                            const Tensor& to) const;
   // Elements from the file into contiguous host memory.
-  absl::Status copy_elements(const StoredTensor& tensor, const Tensor& to) const;
+  absl::Status copy_elements(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                             const Tensor& to) const;
 
   std::string path_;
   SafetensorsHeader header_;

@@ -39,6 +39,8 @@ Exact exact(Activation f, double x) {
       const double s = sigmoid(1.702 * x);
       return {x * s, s + 1.702 * x * s * (1 - s)};
     }
+    case Activation::exp:
+      return {std::exp(x), std::exp(x)};
   }
   return {};
 }

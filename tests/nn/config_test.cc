@@ -58,6 +58,13 @@ TEST(Config, SizesOfPublishedModels) {
                 "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
                 "vocab_size": 152064})",
             7'615'616'512},
+           {R"({"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+                "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+                "tie_word_embeddings": true})",
+            596'049'920},
+           {R"({"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288,
+                "num_hidden_layers": 36, "num_key_value_heads": 8})",
+            8'190'735'360},
        }) {
     const auto model = build(text);
     ASSERT_TRUE(model.ok()) << model.status();
@@ -79,6 +86,17 @@ TEST(Config, DefaultsAreThoseOfTheClasses) {
   EXPECT_EQ(q.positions, 32768);
   EXPECT_TRUE(q.qkv_bias);
   EXPECT_FALSE(q.output_bias || q.mlp_bias);
+  const LlamaConfig q3 = llama("{}", "qwen3");
+  EXPECT_EQ(q3.head_size, 128);
+  EXPECT_EQ(q3.epsilon, 1e-6);
+  EXPECT_TRUE(q3.qk_norm);
+  EXPECT_FALSE(q3.qkv_bias || q3.output_bias || q3.mlp_bias || q.qk_norm || l.qk_norm);
+  // The size of a head of qwen3 does not follow from the others, unless it is null.
+  EXPECT_EQ(
+      llama(R"({"hidden_size": 48, "num_attention_heads": 5, "num_key_value_heads": 5})", "qwen3")
+          .head_size,
+      128);
+  EXPECT_EQ(llama(R"({"hidden_size": 64, "head_dim": null})", "qwen3").head_size, 2);
   // Null counts as the number of heads, absent as the class default.
   EXPECT_EQ(llama(R"({"num_attention_heads": 64})").kv_heads, 64);
   EXPECT_EQ(llama(R"({"num_attention_heads": 64})", "qwen2").kv_heads, 32);
@@ -107,10 +125,28 @@ TEST(Config, OptionsOfLlama) {
   EXPECT_EQ(llama(R"({"pad_token_id": -1})").padding, 31999);
   EXPECT_EQ(llama(R"({"pad_token_id": -32000})").padding, 0);
   EXPECT_EQ(llama(R"({"pad_token_id": null})").padding, std::nullopt);
+  // attention_bias is for all four projections of qwen3 too.
+  const LlamaConfig biased = llama(R"({"attention_bias": true, "mlp_bias": true})", "qwen3");
+  EXPECT_TRUE(biased.qkv_bias && biased.output_bias);
+  EXPECT_FALSE(biased.mlp_bias);
   // Not options of Qwen2.
   const LlamaConfig qwen = llama(R"({"attention_bias": false, "mlp_bias": true})", "qwen2");
   EXPECT_TRUE(qwen.qkv_bias);
   EXPECT_FALSE(qwen.mlp_bias);
+}
+
+TEST(Config, Qwen3HasTheWindowsOfQwen2) {
+  using ::testing::ElementsAre;
+  EXPECT_TRUE(llama(R"({"sliding_window": 8, "max_window_layers": 1})", "qwen3").windows.empty());
+  EXPECT_THAT(llama(R"({"use_sliding_window": true, "sliding_window": 8, "num_hidden_layers": 30})",
+                    "qwen3")
+                  .windows[28],
+              8);
+  EXPECT_THAT(llama(R"({"use_sliding_window": true, "sliding_window": 8, "num_hidden_layers": 2,
+                        "layer_types": ["sliding_attention", "full_attention"]})",
+                    "qwen3")
+                  .windows,
+              ElementsAre(8, 0));
 }
 
 TEST(Config, WindowsOfQwen2) {
@@ -171,12 +207,13 @@ TEST(Config, NestedAndNewerSpelling) {
 }
 
 TEST(Config, ErrorsNameFileKeyExpectedAndActual) {
+  const std::string supported = fmt::format("{}", fmt::join(supported_models(), ", "));
   EXPECT_EQ(problem("{}"), "c.json: model_type is missing");
   EXPECT_EQ(problem(R"({"model_type": "mamba"})"),
-            "c.json: model_type must be one of gpt2, llama, qwen2, got \"mamba\"");
+            "c.json: model_type must be one of " + supported + ", got \"mamba\"");
   EXPECT_EQ(problem(R"({"model_type": 3})"), "c.json: model_type must be a string, got 3");
   EXPECT_EQ(problem(R"({"architectures": ["MambaForCausalLM"]})"),
-            "c.json: architectures must be one of gpt2, llama, qwen2, got \"MambaForCausalLM\"");
+            "c.json: architectures must be one of " + supported + ", got \"MambaForCausalLM\"");
   EXPECT_EQ(problem(R"({"architectures": "GPT2LMHeadModel"})"),
             "c.json: architectures must be a list of strings, got \"GPT2LMHeadModel\"");
   EXPECT_EQ(problem(R"({"model_type": "gpt2", "n_layer": "12"})"),
@@ -262,6 +299,9 @@ TEST(Config, WhatIsWrittenBuildsTheSameModel) {
                "num_key_value_heads": 4, "num_hidden_layers": 2, "use_sliding_window": true,
                "sliding_window": 3, "max_window_layers": 1, "tie_word_embeddings": true,
                "rope_scaling": {"type": "linear", "factor": 2}})",
+           R"({"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 4, "head_dim": 6,
+               "num_key_value_heads": 2, "num_hidden_layers": 2, "attention_bias": true,
+               "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})",
        }) {
     const auto first = build(text);
     ASSERT_TRUE(first.ok()) << first.status();

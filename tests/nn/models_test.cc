@@ -24,6 +24,24 @@ const std::string kQwen2 = R"({"model_type": "qwen2", "hidden_size": 24, "interm
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
     "max_position_embeddings": 16)";
 
+const std::string kQwen3 = R"({"model_type": "qwen3", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 10, "max_position_embeddings": 16)";
+const std::string kGlm4 = R"({"model_type": "glm4", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 8, "max_position_embeddings": 16, "pad_token_id": null)";
+const std::string kGlm = R"({"model_type": "glm", "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 19,
+    "head_dim": 8, "max_position_embeddings": 16, "pad_token_id": null)";
+
+const std::string kInternLm2 = R"({"model_type": "internlm2", "hidden_size": 24,
+    "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 19, "max_position_embeddings": 16,
+    "pad_token_id": null)";
+const std::string kQwen = R"({"model_type": "qwen", "hidden_size": 24, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 3, "kv_channels": 8, "vocab_size": 19,
+    "max_position_embeddings": 16, "seq_length": 16)";
+
 std::unique_ptr<LanguageModel> build(const std::string& text, Place place = {}) {
   JsonReader json = *JsonReader::parse(text + "}", "c.json");
   auto model = build_language_model(json, place);
@@ -86,8 +104,8 @@ const Ids kIds = {3, 1, 4, 1, 5, 9, 2, 6};
 
 TEST(Models, LossIsOverTheNextTokens) {
   for (const std::string& text :
-       {kGpt2, kLlama, kQwen2, kLlama + R"(, "tie_word_embeddings": true)",
-        kGpt2 + R"(, "tie_word_embeddings": false)"}) {
+       {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen,
+        kLlama + R"(, "tie_word_embeddings": true)", kGpt2 + R"(, "tie_word_embeddings": false)"}) {
     const auto model = build(text);
     Batch batch = batch_of(kIds);
     const auto out = logits(*model, batch);
@@ -101,7 +119,7 @@ TEST(Models, LossIsOverTheNextTokens) {
 }
 
 TEST(Models, ATokenSeesOnlyWhatIsBeforeIt) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen}) {
     const auto model = build(text);
     Ids changed = kIds;
     changed[5] = 7;
@@ -112,7 +130,7 @@ TEST(Models, ATokenSeesOnlyWhatIsBeforeIt) {
 }
 
 TEST(Models, PaddingIsNotSeen) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen}) {
     const auto model = build(text);
     // Padded on the left, so that causality does not hide it; positions as without the padding.
     Batch padded = batch_of({8, 8, 3, 1, 4, 1, 5, 9});
@@ -128,7 +146,7 @@ TEST(Models, PaddingIsNotSeen) {
 }
 
 TEST(Models, PackedTextsSeeThemselvesOnly) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen}) {
     const auto model = build(text);
     Batch packed = batch_of(kIds);
     packed.starts = {{0, 3}};
@@ -231,7 +249,15 @@ TEST(Models, GradientsOfEveryOptionAgreeWithDifferences) {
         kLlama + R"(, "hidden_act": "gelu_new", "rope_scaling": {"type": "yarn", "factor": 4},
                     "partial_rotary_factor": 0.67, "tie_word_embeddings": true)",
         kQwen2 + R"(, "use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1,
-                    "rope_scaling": {"type": "dynamic", "factor": 2})"}) {
+                    "rope_scaling": {"type": "dynamic", "factor": 2})",
+        kQwen3 + R"(, "attention_bias": true, "tie_word_embeddings": true)",
+        kGlm4 + R"(, "attention_bias": false, "partial_rotary_factor": 0.25)",
+        kGlm + R"(, "hidden_act": "gelu", "tie_word_embeddings": true)",
+        kInternLm2 + R"(, "hidden_act": "gelu", "tie_word_embeddings": true)",
+        kInternLm2 + R"(, "bias": false, "max_position_embeddings": 4,
+                        "rope_scaling": {"type": "dynamic", "factor": 3})",
+        kQwen + R"(, "no_bias": false, "rotary_pct": 0.75, "tie_word_embeddings": true)",
+        kQwen + R"(, "seq_length": 3, "scale_attn_weights": false)"}) {
     SCOPED_TRACE(text);
     const auto model = build(text);
     Batch batch = batch_of({3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 0, 0}, 2);
@@ -258,7 +284,8 @@ TEST(Models, PoliciesAreBitwiseEqualWithDropout) {
   const auto model = build(kGpt2);
   const auto llama = build(kLlama + R"(, "attention_dropout": 0.3)");
   const Batch batch = batch_of(kIds);
-  for (LanguageModel* each : {model.get(), llama.get()}) {
+  const auto qwen = build(kQwen + R"(, "attn_dropout_prob": 0.3, "emb_dropout_prob": 0.1)");
+  for (LanguageModel* each : {model.get(), llama.get(), qwen.get()}) {
     const auto still = gradients(*each, batch);
     Generator generator;
     each->train(generator);
@@ -278,7 +305,7 @@ TEST(Models, PoliciesAreBitwiseEqualWithDropout) {
 }
 
 TEST(Models, ADryRunPredictsThePeak) {
-  for (const std::string& text : {kGpt2, kLlama, kQwen2}) {
+  for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen}) {
     const auto real = build(text), shapes = build(text, {meta, DType::f32});
     const Batch batch = batch_of(kIds, 2);
     Batch dry;

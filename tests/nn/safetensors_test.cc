@@ -456,6 +456,41 @@ TEST(Safetensors, ConvertsOnLoad) {
   EXPECT_FALSE(file->read_into("l", Tensor::empty(Shape{2}, DType::f32, meta)).ok());
 }
 
+TEST(Safetensors, ReadsSomeRows) {
+  const Folder folder;
+  std::vector<float> values;
+  for (int i = 0; i < 12; ++i) {
+    values.push_back(static_cast<float>(i));
+  }
+  ASSERT_TRUE(write_safetensors(folder.at("a"),
+                                std::vector<NamedTensor>{{"x", Tensor::from(values, Shape{4, 3})},
+                                                         {"s", Tensor::zeros(Shape{}, DType::f32)}})
+                  .ok());
+  const auto file = SafetensorsFile::open(folder.at("a"));
+  ASSERT_TRUE(file.ok()) << file.status();
+  const Tensor two = Tensor::empty(Shape{2, 3}, DType::f32);
+  ASSERT_TRUE(file->read_rows_into("x", 1, two).ok());
+  EXPECT_EQ(two.to_vector<float>(), (std::vector<float>{3, 4, 5, 6, 7, 8}));
+  const Tensor narrow = Tensor::empty(Shape{1, 3}, DType::bf16);
+  ASSERT_TRUE(file->read_rows_into("x", 3, narrow).ok());
+  EXPECT_EQ(to_float(narrow.data<bfloat16>()[2]), 11);
+  ASSERT_TRUE(file->read_rows_into("x", 2, Tensor::empty(Shape{2, 3}, DType::f32, meta)).ok());
+  const auto problem = [&](std::string_view name, std::int64_t first, const Shape& shape) {
+    return std::string(
+        file->read_rows_into(name, first, Tensor::empty(shape, DType::f32)).message());
+  };
+  EXPECT_EQ(problem("x", 3, Shape{2, 3}), folder.at("a") +
+                                              ": tensor \"x\" must have rows 3 and on of shape "
+                                              "[2, 3], got [4, 3]");
+  for (const std::int64_t first : {std::int64_t{-1}, std::int64_t{3}, INT64_MAX}) {
+    EXPECT_NE(problem("x", first, Shape{2, 3}), "");
+  }
+  EXPECT_NE(problem("x", 0, Shape{2, 2}), "");
+  EXPECT_NE(problem("x", 0, Shape{6}), "");
+  EXPECT_NE(problem("s", 0, Shape{}), "");
+  EXPECT_NE(problem("other", 0, Shape{2, 3}), "");
+}
+
 TEST(Safetensors, TellsOfTensorsThatItCannotHold) {
   const Folder folder;
   testing::write(

@@ -17,6 +17,8 @@ constexpr std::uint64_t kSeed = 0x9876543210fedcba, kOffset = 0xfffffffe;  // ca
 
 OpCase row(const std::string& name, const Shape& shape, double p) {
   OpCase op;
+  // Without dropping the result is x itself, which cannot be copied from a device when strided.
+  op.cuda = p > 0;
   op.name = "dropout/" + name;
   op.inputs = {{.name = "x", .shape = shape, .strided = true, .values = {}}};
   op.run = [p](const std::vector<Variable>& in) {

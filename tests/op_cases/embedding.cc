@@ -14,6 +14,7 @@ namespace {
 OpCase row(const std::string& name, const Shape& ids, std::int64_t rows, std::int64_t width,
            std::vector<std::int64_t> values = {}) {
   OpCase op;
+  op.cuda = true;
   op.name = "embedding/" + name;
   op.inputs = {
       {.name = "ids",

@@ -48,6 +48,7 @@ Argument labels_argument(const Shape& shape, std::int64_t words) {
 
 OpCase cross_entropy_row(const std::string& name, const Shape& shape, double items) {
   OpCase op;
+  op.cuda = true;
   op.name = "cross_entropy/" + name;
   const Shape rows(shape.sizes().first(static_cast<std::size_t>(shape.rank() - 1)));
   op.inputs = {{.name = "logits", .shape = shape, .strided = true, .values = {}},
@@ -97,6 +98,7 @@ enum class Reduction : std::uint8_t { sum, mean, mean_square };
 
 OpCase reduce_row(Reduction kind, const std::string& name, const Shape& shape) {
   OpCase op;
+  op.cuda = true;
   op.name = std::string(kind == Reduction::sum    ? "sum"
                         : kind == Reduction::mean ? "mean"
                                                   : "mean_square") +

