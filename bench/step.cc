@@ -14,6 +14,7 @@
 #include "autograd/dry_run.h"
 #include "core/error.h"
 #include "core/parallel.h"
+#include "nn/lora.h"
 #include "nn/models/language_model.h"
 #include "nn/weights/json.h"
 #include "train/progress.h"
@@ -24,7 +25,7 @@ namespace {
 
 struct Options {
   std::string model = "gpt2", policy = "keep-all", dtype = "f32";
-  std::int64_t batch = 4, tokens = 512, layers = 0;
+  std::int64_t batch = 4, tokens = 512, layers = 0, lora = 0;
   int threads = 2, warmup = 2, steps = 5;
   bool masters = false, dry_run = false;
 };
@@ -99,6 +100,12 @@ nlohmann::json run(const Options& options) {
   const auto model = build(options, device);
   Generator generator{1, 0};
   model->initialize(generator);
+  if (options.lora > 0) {
+    nn::LoraConfig config;  // its targets are those PEFT has for the model: q_proj and v_proj
+    config.rank = options.lora;
+    config.alpha = 2.0 * static_cast<double>(options.lora);
+    nn::add_lora(*model, config, generator);
+  }
   train::TrainerOptions trainer_options;
   trainer_options.max_norm = 0;
   trainer_options.adamw.weight_decay = 0.1;
@@ -128,6 +135,7 @@ nlohmann::json run(const Options& options) {
           {"model", options.model},
           {"mode", options.policy},
           {"dtype", options.dtype},
+          {"lora", options.lora},
           {"master_weights", options.masters},
           {"batch", options.batch},
           {"tokens", options.tokens},
@@ -159,6 +167,7 @@ int main(int argc, char** argv) {
   app.add_option("--batch", options.batch);
   app.add_option("--tokens", options.tokens);
   app.add_option("--layers", options.layers, "Instead of the model's own number");
+  app.add_option("--lora", options.lora, "Rank of an adapter; the rest is frozen");
   app.add_option("--threads", options.threads);
   app.add_option("--warmup", options.warmup);
   app.add_option("--steps", options.steps);

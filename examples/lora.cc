@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
   }
   const double after = trainer.evaluate(data.validation(0));
   std::printf("validation loss %.4f -> %.4f\n", before, after);
-  if (absl::Status saved = nn::save_adapter(**model, config, out); !saved.ok()) {
+  if (absl::Status saved = nn::save_adapter(**model, out); !saved.ok()) {
     return complain(saved);
   }
 

@@ -1,4 +1,5 @@
-// Embedding: rows of a table [V, C] by token id.
+// Embedding: rows of a table [V, C] by token id. A low-rank adapter may be put around it later
+// (nn/lora.h).
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,8 @@
 #include "nn/module.h"
 
 namespace reprise::nn {
+
+class LoraEmbedding;
 
 class Embedding : public Module {
  public:
@@ -19,11 +22,16 @@ class Embedding : public Module {
   Variable operator()(const Tensor& ids) const;
 
   std::optional<std::int64_t> padding() const { return padding_; }
+  // The active adapter, which belongs to the model; null without one.
+  LoraEmbedding* lora() const { return lora_; }
+  // Throws Error when its sizes are not those of the table.
+  void set_lora(LoraEmbedding* lora);
 
   Parameter weight;
 
  private:
   std::optional<std::int64_t> padding_;
+  LoraEmbedding* lora_ = nullptr;
 };
 
 }  // namespace reprise::nn

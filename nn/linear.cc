@@ -4,7 +4,7 @@
 
 #include "autograd/matmul.h"
 #include "core/error.h"
-#include "nn/lora.h"
+#include "nn/adapters/lora.h"
 
 namespace reprise::nn {
 
@@ -18,33 +18,32 @@ Linear::Linear(std::int64_t in, std::int64_t out, LinearOptions options, Place p
   add("bias", bias);
 }
 
-Linear::~Linear() = default;
-
 Variable Linear::operator()(Variable x) const {
   if (lora_ == nullptr) {
     return linear(std::move(x), weight, bias, options_.in_out);
+  }
+  if (lora_->weight_decomposed()) {
+    const auto product = [&](Variable in) {
+      return linear(std::move(in), weight, {}, options_.in_out);
+    };
+    return lora_->decomposed(std::move(x), product, weight, bias, options_.in_out);
   }
   Variable y = linear(x, weight, bias, options_.in_out);
   return (*lora_)(std::move(y), std::move(x));
 }
 
-void Linear::set_lora(std::unique_ptr<Lora> lora) {
-  if (lora_ != nullptr) {
-    fail("set_lora", "the layer has an adapter already");
-  }
-  if (lora->a.shape()[1] != in_ || lora->b.shape()[0] != out_) {
+void Linear::set_lora(Lora* lora) {
+  if (lora != nullptr && (lora->in() != in_ || lora->out() != out_)) {
     fail("set_lora", "the adapter must be for [in, out] = [{}, {}], got [{}, {}]", in_, out_,
-         lora->a.shape()[1], lora->b.shape()[0]);
+         lora->in(), lora->out());
   }
-  lora_ = std::move(lora);
-  add("", *lora_);
-}
-
-std::unique_ptr<Lora> Linear::take_lora() {
   if (lora_ != nullptr) {
     remove(*lora_);
   }
-  return std::move(lora_);
+  lora_ = lora;
+  if (lora_ != nullptr) {
+    add("", *lora_);
+  }
 }
 
 }  // namespace reprise::nn

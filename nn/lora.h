@@ -1,109 +1,85 @@
-// LoRA on the Linear layers of a finished model, in the terms and files of PEFT.
+// Low-rank adapters on the Linear and Embedding layers of a finished model, in the terms and files
+// of PEFT.
 //
-//   add_lora(*model, {.rank = 8, .alpha = 16, .targets = {"q_proj", "v_proj"}}, generator);
+//   add_lora(*model, {.rank = 8, .alpha = 16, .targets = {{"q_proj", "v_proj"}, ""}}, generator);
 //   ... train ...
-//   absl::Status saved = save_adapter(*model, config, "out");      // adapter_config.json + weights
+//   absl::Status saved = save_adapter(*model, "out");   // adapter_config.json + weights
 //   absl::StatusOr<LoraConfig> config = load_adapter(*model, "out");
+//   absl::Status merged = export_merged(*model, "merged");
 //
-//   y = W x + b + s B(A(dropout(x))),   A [R, in], B [out, R],  s = alpha / R or alpha / sqrt(R)
+//   Linear      y = W x + b + s B(A(dropout(x))),   A [R, in], B [out, R],  s = alpha / R or
+//   Embedding   y = W[id] + s B(A[:, id])           alpha / sqrt(R)
+//   DoRA        y = m / |W + s B A| (W x + s B A x) + b, lengths by row (nn/adapters/config.h)
 //
 // A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zeros: at first the model is unchanged and only B
-// has a gradient. Everything but the adapters (and what the config names besides) is frozen: a
-// frozen weight has no gradient, and its layer keeps no input for one.
+// has a gradient. Everything but the adapter (and what its config names besides) is frozen: a
+// frozen weight has no gradient, and its layer keeps no input for one. Adapters of a bf16 model are
+// f32 unless the config says otherwise.
 //
-// A module that is saved along (modules_to_save) is trained in place; PEFT trains a copy of it.
-// Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021.
+// A model may have several adapters by name, of which one at most is active: only that one is
+// computed, trained, and found among the model's parameters. modules_to_save and biases are trained
+// as copies: without the adapter the model is what it was, bit for bit.
+// Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2021; Liu et al., "DoRA:
+// weight-decomposed low-rank adaptation", 2024.
 #pragma once
 
-#include <cstdint>
-#include <optional>
 #include <string>
-#include <string_view>
-#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "autograd/variable.h"
+#include "nn/adapters/config.h"
+#include "nn/adapters/lora.h"
 #include "nn/models/model.h"
 #include "nn/module.h"
+#include "nn/weights/folder.h"
 
 namespace reprise::nn {
 
-// Module paths by PEFT's rules: an entry of the list is the path or ends it after a dot; the regex
-// matches the whole path.
-struct ModulePattern {
-  std::vector<std::string> names;
-  std::string regex;
-  bool empty() const { return names.empty() && regex.empty(); }
-};
+// Adds an adapter and makes it the active one; freezes the rest and names the parameters. Throws
+// Error, with nothing done, when the config does not fit the model: no target, a name or pattern
+// that matches nothing, a target that is no layer, a name that is taken.
+void add_lora(Model& model, const LoraConfig& config, Generator& generator,
+              const std::string& name = "default");
 
-enum class LoraInit : std::uint8_t {
-  usual,     // A uniform, B zeros
-  gaussian,  // A N(0, 1/R^2), B zeros
-  random,    // both uniform: not the unchanged model, for tests
-};
-
-struct LoraConfig {
-  std::int64_t rank = 8;
-  double alpha = 8;
-  double dropout = 0;
-  bool rank_stabilized = false;  // s = alpha / sqrt(R)
-  LoraInit init = LoraInit::usual;
-  // Nothing: q_proj and v_proj, or c_attn for GPT-2.
-  ModulePattern targets, exclude;
-  bool all_linear = false;                   // every Linear but the head
-  std::vector<std::string> modules_to_save;  // trained besides; ends of paths
-  std::vector<std::int64_t> layers;          // only these blocks; empty: all
-  std::vector<std::string> layer_lists;      // the lists that `layers` counts in: "h"
-  // Other ranks and alphas where the regex matches the end of the path after a dot; the first
-  // match counts.
-  std::vector<std::pair<std::string, std::int64_t>> ranks;
-  std::vector<std::pair<std::string, double>> alphas;
-  std::string bias = "none";  // or "all", or "lora_only": biases trained besides
-  std::optional<std::string> task = "CAUSAL_LM", base_model;
-};
-
-// The adapter of one Linear. Its parameters are "lora_A.weight" and "lora_B.weight" of that layer.
-class Lora : public Module {
- public:
-  Lora(std::int64_t in, std::int64_t out, std::int64_t rank, double scale, double dropout,
-       Place place);
-  bool is_adapter() const override { return true; }
-  void initialize(LoraInit init, Generator& generator);
-  // y + s B(A(dropout(x))). y [.., out], x [.., in].
-  Variable operator()(Variable y, Variable x) const;
-
-  std::int64_t rank() const { return a.shape()[0]; }
-  double scale() const { return scale_; }
-
-  Parameter a, b;
-
- private:
-  double scale_, dropout_;
-};
-
-// Puts adapters of the model's dtype on, freezes the rest, names the parameters. Throws Error when
-// nothing matches, a target is not a Linear, or the model has adapters already.
-void add_lora(Model& model, const LoraConfig& config, Generator& generator);
-
-// The paths of the Linear layers that the config targets. Throws Error as add_lora.
+// The paths of the layers that the config targets. Throws Error as add_lora.
 std::vector<std::string> lora_targets(Model& model, const LoraConfig& config);
 
-// Every adapter into its base weight (W += s B A, rounded once); the adapters are removed and all
-// parameters stay as frozen or trainable as they were.
+std::vector<std::string> adapter_names(Model& model);
+std::string active_adapter(Model& model);  // empty: none
+// Throws Error for a name that is not there, or when one is merged.
+void activate_adapter(Model& model, const std::string& name);
+// The model without adapters; all of its parameters stay frozen.
+void deactivate_adapters(Model& model);
+void remove_adapter(Model& model, const std::string& name);
+
+// The active adapter into its base weights: W + s B A, rounded once. Throws Error when none is
+// active, it is merged already, or it is on an embedding table that is the head too, whose two uses
+// it would change.
+void merge_adapter(Model& model);
+// Takes a merged one out again: up to rounding, the weights are what they were.
+void unmerge_adapter(Model& model);
+// merge_adapter, then all adapters are forgotten; parameters stay as frozen or trainable as they
+// were.
 void merge_lora(Model& model);
 
-// adapter_config.json and adapter_model.safetensors in PEFT's form. save_adapter writes what
-// add_lora trains; load_adapter puts the adapters on and fills them. Missing and unexpected tensors
-// are errors.
-absl::Status save_adapter(Model& model, const LoraConfig& config, const std::string& folder);
-absl::StatusOr<LoraConfig> load_adapter(Model& model, const std::string& folder);
-absl::StatusOr<LoraConfig> read_lora_config(const std::string& folder);
-std::string to_json(const LoraConfig& config, const Model& model);
+// Writes the model with its active adapter merged, under the names of the base model; the model
+// stays as it is. What was written is read again and compared. FailedPrecondition when no weight
+// differs from the base: nothing was learned, or all of it is lost in the rounding to bf16.
+absl::Status export_merged(Model& model, const std::string& folder,
+                           const SaveOptions& options = {});
 
-// Every parameter that the adapter's file holds, under its key there:
+// adapter_config.json and adapter_model.safetensors in PEFT's form, of the active adapter.
+absl::Status save_adapter(Model& model, const std::string& folder);
+// Adds the folder's adapter and makes it active. Tensors that are missing, have no place, or are
+// for a base of other shapes are told at once, and the model is left as it was.
+absl::StatusOr<LoraConfig> load_adapter(Model& model, const std::string& folder,
+                                        const std::string& name = "default", bool widen = true);
+absl::StatusOr<LoraConfig> read_lora_config(const std::string& folder);
+std::string to_json(const LoraConfig& config, Model& model);
+
+// What the active adapter trains, under its keys in PEFT's file:
 // "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
-std::vector<NamedParameter> adapter_parameters(Model& model, const LoraConfig& config);
+std::vector<NamedParameter> adapter_parameters(Model& model);
 
 }  // namespace reprise::nn

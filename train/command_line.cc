@@ -18,11 +18,12 @@
 
 #include "autograd/policy.h"
 #include "core/error.h"
+#include "core/nearest.h"
 #include "core/parallel.h"
 #include "train/demo.h"
 #include "train/launch.h"
+#include "train/memory.h"
 #include "train/parity.h"
-#include "train/suggest.h"
 #include "train/trainer.h"
 
 namespace reprise::train {
@@ -145,6 +146,9 @@ struct Invocation {
   DemoOptions demo;
   ParityOptions parity;
   std::string case_folder, dtype = "f32";
+  DryRunOptions dry;
+  InitOptions init;
+  std::string config, folder, dry_dtype = "bf16";
   bool as_json = false;
 };
 
@@ -180,6 +184,47 @@ void add_parity(CLI::App& app, Invocation& asked) {
       ->check(not_empty());
 }
 
+CLI::Validator from_one(std::int64_t most) {
+  return CLI::Validator(
+      [most](const std::string& text) {
+        std::int64_t value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        const bool good =
+            error == std::errc() && end == text.data() + text.size() && value >= 1 && value <= most;
+        return good ? std::string()
+                    : fmt::format("must be a whole number from 1 to {}, got \"{}\"", most,
+                                  shortened(text));
+      },
+      "1 or above");
+}
+
+void add_dry_run(CLI::App& app, Invocation& asked, const char* name, const char* what) {
+  CLI::App* command = app.add_subcommand(name, what);
+  command->add_option("CONFIG", asked.config, "A config.json, or a folder with one")->required();
+  command->add_option("--batch", asked.dry.batch, "Rows")->check(from_one(1 << 20));
+  command->add_option("--tokens", asked.dry.tokens, "Tokens of a row")->check(from_one(1 << 20));
+  command->add_option("--lora", asked.dry.lora_rank, "Train adapters of this rank only")
+      ->check(from_one(1 << 16));
+  command->add_option("--targets", asked.dry.targets, "Of LoRA: ends of module paths")
+      ->delimiter(',');
+  command->add_flag("--dora", asked.dry.weight_decomposed, "Weight-decomposed adapters");
+  command->add_option("--policy", asked.dry.policy, "What segments keep")
+      ->check(CLI::IsMember(Policies::names()));
+  command->add_option("--dtype", asked.dry_dtype, "f32 or bf16")
+      ->check(CLI::IsMember({"f32", "bf16"}));
+}
+
+void add_init(CLI::App& app, Invocation& asked) {
+  CLI::App* command = app.add_subcommand("init", "Write a folder of random weights for a config.");
+  command->add_option("CONFIG", asked.config, "A config.json, or a folder with one")->required();
+  command->add_option("DIR", asked.folder, "Where to")->required()->check(not_empty());
+  command->add_option("--seed", asked.init.seed, "Of the weights")->check(whole());
+  command->add_option("--dtype", asked.dtype, "f32 or bf16")->check(CLI::IsMember({"f32", "bf16"}));
+  command
+      ->add_option("--max-shard-bytes", asked.init.max_shard_bytes, "The most that a file may hold")
+      ->check(from_one(std::int64_t{1} << 60));
+}
+
 constexpr std::string_view kOfTheScript[] = {"test", "build"};
 
 Invocation parse(const std::vector<std::string>& words) {
@@ -190,6 +235,10 @@ Invocation parse(const std::vector<std::string>& words) {
   app.add_option("--ranks", ranks, "Processes for demo, started with mpirun");
   add_demo(app, asked.demo);
   add_parity(app, asked);
+  add_init(app, asked);
+  add_dry_run(app, asked, "memory", "Predict the memory of a training step, by kind and policy.");
+  add_dry_run(app, asked, "explain", "Show what segments hold and keep, and what a replay costs.");
+  app.get_subcommand("memory")->add_flag("--json", asked.as_json, "Print JSON");
   app.add_subcommand("test", "Build everything and run every test (the script's: ./reprise test).")
       ->allow_extras();
   app.add_subcommand("build", "Build the program only (the script's: ./reprise build).")
@@ -205,7 +254,8 @@ Invocation parse(const std::vector<std::string>& words) {
     return asked;
   }
   asked.command = app.get_subcommands().front()->get_name();
-  asked.parity.dtype = asked.dtype == "bf16" ? DType::bf16 : DType::f32;
+  asked.parity.dtype = asked.init.dtype = asked.dtype == "bf16" ? DType::bf16 : DType::f32;
+  asked.dry.dtype = asked.dry_dtype == "bf16" ? DType::bf16 : DType::f32;
   if (std::ranges::find(kOfTheScript, asked.command) != std::end(kOfTheScript)) {
     fmt::print(stderr, "reprise: {0} is a command of the script: ./reprise {0}\n", asked.command);
     asked.exit_code = kBadInput;
@@ -213,10 +263,28 @@ Invocation parse(const std::vector<std::string>& words) {
   return asked;
 }
 
+int print(const absl::StatusOr<std::string>& text) {
+  if (text.ok()) {
+    fmt::print("{}", *text);
+  }
+  return report(text.status());
+}
+
 int run_command(const World& world, const Invocation& asked) {
   try {
     if (asked.command == "parity") {
       return show(run_parity(asked.case_folder, asked.parity), asked.as_json);
+    }
+    if (asked.command == "init") {
+      return print(init_folder(asked.config, asked.folder, asked.init));
+    }
+    if (asked.command == "explain") {
+      return print(explain_config(asked.config, asked.dry));
+    }
+    if (asked.command == "memory") {
+      const absl::StatusOr<MemoryTable> table = predict_memory(asked.config, asked.dry);
+      return table.ok() ? print(asked.as_json ? to_json(*table) : to_text(*table))
+                        : report(table.status());
     }
     auto ranks = connect(world);
     if (!ranks.ok()) {

@@ -195,7 +195,7 @@ absl::StatusOr<Subject> load_subject(const Case& parity, DType dtype) {
     if (!config.ok()) {
       return config.status();
     }
-    for (const nn::NamedParameter& entry : nn::adapter_parameters(*result.model, *config)) {
+    for (const nn::NamedParameter& entry : nn::adapter_parameters(*result.model)) {
       result.gradients.emplace("grad." + entry.path, entry.parameter);
     }
     return result;

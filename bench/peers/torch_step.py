@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""One training step of GPT-2 124M in PyTorch, as bench/step does it: same shapes, AdamW, random
-weights and tokens. Prints one JSON object. Needs torch and transformers from PyPI.
+"""One training step in PyTorch, as bench/step does it: same shapes, AdamW, random weights and tokens.
+Prints one JSON object. Needs torch and transformers from PyPI, and peft for --lora.
 
-  torch_step.py --mode eager|compiled|checkpointed|budget --dtype f32|bf16 --tokens 512
+  torch_step.py [--model gpt2|qwen2-0.5b] [--lora R] --mode eager|compiled|checkpointed|budget --dtype f32|bf16 --tokens 512
 """
 
 import argparse
@@ -20,11 +20,34 @@ def arguments():
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--model", default="gpt2", choices=["gpt2", "qwen2-0.5b"])
+    parser.add_argument("--layers", type=int, default=0, help="instead of the model's own number")
+    parser.add_argument("--lora", type=int, default=0, help="rank of PEFT's adapter on its default targets")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     return parser.parse_args()
+
+
+def build(args, dtype):
+    import transformers
+
+    layers = {"num_hidden_layers": args.layers} if args.layers else {}
+    if args.model == "gpt2":
+        config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **layers)
+        return transformers.GPT2LMHeadModel(config).to(dtype), config
+    sizes = {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        use_cache=False,
+        **{**sizes, **layers},
+    )
+    return transformers.Qwen2ForCausalLM(config).to(dtype), config
 
 
 def main():
@@ -35,14 +58,21 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    config = transformers.GPT2Config(
-        n_layer=args.layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
-    )
-    model = transformers.GPT2LMHeadModel(config).to(dtype)
+    model, config = build(args, dtype)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    if args.lora:
+        import peft
+
+        versions["peft"] = peft.__version__
+        adapter = peft.LoraConfig(r=args.lora, lora_alpha=2 * args.lora, task_type="CAUSAL_LM")
+        if args.mode == "checkpointed":
+            model.enable_input_require_grads()
+        model = peft.get_peft_model(model, adapter)
     model.train()
     if args.mode == "checkpointed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1)
     run = model
     if args.mode in ("compiled", "budget"):
         if args.mode == "budget":
@@ -74,8 +104,11 @@ def main():
         json.dumps(
             {
                 "peer": "pytorch",
+                "model": args.model,
                 "mode": args.mode,
                 "dtype": args.dtype,
+                "lora": args.lora,
+                "trained": sum(p.numel() for p in trained),
                 "batch": args.batch,
                 "tokens": args.tokens,
                 "threads": args.threads,
@@ -84,11 +117,7 @@ def main():
                 "first_step_ms": first_step_ms,
                 "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "losses": losses,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
+                "versions": versions,
             }
         )
     )

@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include "nn/adapters/set.h"
 #include "nn/models/clip.h"
 #include "nn/models/glm.h"
 #include "nn/models/gpt2.h"
@@ -146,6 +147,13 @@ const Kind* find_kind(JsonReader& config) {
 }
 
 }  // namespace
+
+Model::Model() : adapters_(std::make_unique<AdapterSet>()) {}
+Model::~Model() = default;
+
+void Model::clear_adapters() {
+  adapters_ = std::make_unique<AdapterSet>();
+}
 
 std::vector<FileKey> Model::file_keys(const std::string& path) const {
   const std::string_view prefix = trunk_prefix();

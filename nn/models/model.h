@@ -21,6 +21,7 @@
 
 namespace reprise::nn {
 
+class AdapterSet;
 class Linear;
 class JsonReader;
 
@@ -60,6 +61,8 @@ struct NamedOutput {
 
 class Model : public Module {
  public:
+  Model();
+  ~Model() override;
   // The loss that the model is trained with, f32 []. Throws Error when the batch does not fit.
   virtual Variable loss(const Batch& batch, const LossOptions& options = {}) = 0;
   // Whether the batch has what the loss is made of.
@@ -87,11 +90,17 @@ class Model : public Module {
   std::string config_json() const { return source_.empty() ? write_config() : source_; }
   void set_source(std::string config) { source_ = std::move(config); }
 
+  // For nn/lora.h, which is how adapters are added and switched.
+  AdapterSet& adapters() const { return *adapters_; }
+  // Forgets them all; parameters keep the values that they have.
+  void clear_adapters();
+
  protected:
   virtual std::string write_config() const = 0;
 
  private:
   std::string source_;
+  std::unique_ptr<AdapterSet> adapters_;  // outlives the layers that point into it
 };
 
 // A model by the model_type (or architectures) of a config.json, uninitialised. Errors name the

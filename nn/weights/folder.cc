@@ -1,6 +1,7 @@
 #include "nn/weights/folder.h"
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <new>
 #include <set>
@@ -8,6 +9,8 @@
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "core/nearest.h"
+#include "nn/adapters/set.h"
 #include "nn/weights/json.h"
 #include "nn/weights/replace_file.h"
 
@@ -28,16 +31,20 @@ bool is_bare(const std::string& file) {
          file.find_first_of(std::string_view("/\\\0", 3)) == std::string::npos;
 }
 
-// "a, b and 3 more".
-std::string listed(const std::vector<std::string>& names) {
-  constexpr std::size_t kShown = 8;
-  const auto shown = std::min(kShown, names.size());
-  std::string text =
-      fmt::format("{}", fmt::join(names.begin(), names.begin() + static_cast<long>(shown), ", "));
-  if (names.size() > shown) {
-    text += fmt::format(" and {} more", names.size() - shown);
+// "a, b and 3 more"; a name that has a similar one among `others` with it: "a (there is aa)".
+std::string listed(const std::vector<std::string>& names,
+                   const std::vector<std::string>& others = {}) {
+  constexpr std::size_t kShown = 1000, kCompared = 64;
+  std::string text;
+  for (std::size_t i = 0; i < std::min(kShown, names.size()); ++i) {
+    // Names are compared letter by letter with each other: only for the first of very many.
+    const std::string near = i < kCompared && others.size() <= kCompared * kCompared
+                                 ? nearest(names[i], others)
+                                 : std::string();
+    text += fmt::format("{}{}{}", i > 0 ? ", " : "", names[i],
+                        near.empty() ? "" : fmt::format(" (there is {})", near));
   }
-  return text;
+  return names.size() > kShown ? fmt::format("{} and {} more", text, names.size() - kShown) : text;
 }
 
 // The dtype of config.json follows the weights, whichever of the two keys it has.
@@ -64,46 +71,69 @@ std::vector<NamedParameter> weights_of_file(Model& model) {
   return entries;
 }
 
-std::vector<NamedTensor> weights_of(Model& model) {
-  std::vector<NamedTensor> tensors;
-  for (const NamedParameter& entry : weights_of_file(model)) {
-    tensors.push_back({model.file_keys(entry.path).front().key, entry.parameter->value()});
-  }
-  return tensors;
-}
-
-// Consecutive runs of tensors of at most the given size; one that is larger stands alone.
-std::vector<std::span<const NamedTensor>> split(std::span<const NamedTensor> tensors,
-                                                std::int64_t max_bytes) {
-  std::vector<std::span<const NamedTensor>> shards;
+// Consecutive runs of at most the given size; one that is larger stands alone.
+std::vector<std::span<const NamedParameter>> split(std::span<const NamedParameter> entries,
+                                                   std::int64_t max_bytes) {
+  std::vector<std::span<const NamedParameter>> shards;
   std::size_t begin = 0;
   std::int64_t bytes = 0;
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    if (i > begin && bytes + tensors[i].tensor.bytes() > max_bytes) {
-      shards.push_back(tensors.subspan(begin, i - begin));
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    const std::int64_t size = entries[i].parameter->value().bytes();
+    if (i > begin && bytes + size > max_bytes) {
+      shards.push_back(entries.subspan(begin, i - begin));
       begin = i;
       bytes = 0;
     }
-    bytes += tensors[i].tensor.bytes();
+    bytes += size;
   }
-  shards.push_back(tensors.subspan(begin));
+  shards.push_back(entries.subspan(begin));
   return shards;
 }
 
-absl::Status write_shards(const std::string& folder,
-                          std::span<const std::span<const NamedTensor>> shards) {
+absl::Status verify(const std::string& path, const std::vector<NamedTensor>& tensors) {
+  const absl::StatusOr<SafetensorsFile> file = SafetensorsFile::open(path);
+  if (!file.ok()) {
+    return file.status();
+  }
+  for (const NamedTensor& entry : tensors) {
+    const absl::StatusOr<Tensor> stored = file->read(entry.name);
+    if (!stored.ok()) {
+      return stored.status();
+    }
+    const Tensor written = entry.tensor.to(cpu).contiguous();
+    const bool same =
+        stored->shape() == written.shape() && stored->dtype() == written.dtype() &&
+        (written.numel() == 0 ||
+         std::memcmp(stored->raw(), written.raw(), static_cast<std::size_t>(written.bytes())) == 0);
+    if (!same) {
+      return absl::DataLossError(
+          fmt::format("{}: tensor \"{}\" reads back as something else", path, entry.name));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status write_shard(const Model& model, const std::string& path,
+                         std::span<const NamedParameter> entries,
+                         const std::function<Tensor(const NamedParameter&)>& value, bool verified) {
+  std::vector<NamedTensor> tensors;
+  for (const NamedParameter& entry : entries) {
+    tensors.push_back({model.file_keys(entry.path).front().key, value(entry)});
+  }
+  const absl::Status status = write_safetensors(path, tensors);
+  return status.ok() && verified ? verify(path, tensors) : status;
+}
+
+absl::Status write_index(const Model& model, const std::string& folder,
+                         std::span<const std::span<const NamedParameter>> shards,
+                         const std::vector<std::string>& files) {
   nlohmann::json index;
   index["weight_map"] = nlohmann::json::object();
   std::int64_t total_bytes = 0;
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    const std::string file = fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
-    const absl::Status status = write_safetensors(inside(folder, file), shards[i]);
-    if (!status.ok()) {
-      return status;
-    }
-    for (const NamedTensor& entry : shards[i]) {
-      index["weight_map"][entry.name] = file;
-      total_bytes += entry.tensor.bytes();
+    for (const NamedParameter& entry : shards[i]) {
+      index["weight_map"][model.file_keys(entry.path).front().key] = files[i];
+      total_bytes += entry.parameter->value().bytes();
     }
   }
   index["metadata"] = {{"total_size", total_bytes}};
@@ -259,7 +289,8 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
   if (!missing.empty() || !unexpected.empty()) {
     std::string text = weights.folder() + ":";
     if (!missing.empty()) {
-      text += fmt::format(" {} tensors are missing: {}", missing.size(), listed(missing));
+      text +=
+          fmt::format(" {} tensors are missing: {}", missing.size(), listed(missing, unexpected));
     }
     if (!unexpected.empty()) {
       text += fmt::format("{} {} tensors have no place in a {}: {}", missing.empty() ? "" : ";",
@@ -373,12 +404,25 @@ absl::Status save_model(Model& model, const std::string& folder, const SaveOptio
   if (error) {
     return absl::ErrnoToStatus(error.value(), folder);
   }
-  const std::vector<NamedTensor> tensors = weights_of(model);
-  const auto shards = split(tensors, options.max_shard_bytes);
-  absl::Status status = shards.size() == 1 ? write_safetensors(inside(folder, kSingle), tensors)
-                                           : write_shards(folder, shards);
+  const std::vector<NamedParameter> entries = weights_of_file(model);
+  const auto own = [&](const NamedParameter& entry) {
+    return model.adapters().base_value(*entry.parameter);
+  };
+  const auto value = options.value ? options.value : own;
+  const auto shards = split(entries, options.max_shard_bytes);
+  std::vector<std::string> files;
+  absl::Status status;
+  for (std::size_t i = 0; i < shards.size() && status.ok(); ++i) {
+    files.push_back(shards.size() == 1
+                        ? std::string(kSingle)
+                        : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size()));
+    status = write_shard(model, inside(folder, files.back()), shards[i], value, options.verify);
+  }
+  if (status.ok() && shards.size() > 1) {
+    status = write_index(model, folder, shards, files);
+  }
   if (status.ok()) {
-    const DType dtype = tensors.empty() ? DType::f32 : tensors.front().tensor.dtype();
+    const DType dtype = entries.empty() ? DType::f32 : entries.front().parameter->dtype();
     status =
         replace_file(inside(folder, "config.json"), config_with_dtype(model.config_json(), dtype));
   }

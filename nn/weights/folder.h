@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -57,10 +58,16 @@ absl::Status load_weights(const std::string& folder, Model& model, bool map = fa
 
 struct SaveOptions {
   std::int64_t max_shard_bytes = 5'000'000'000;
+  // What is written for a parameter, of its shape and dtype; by default the model's own value. It
+  // is asked for a shard at a time.
+  std::function<Tensor(const NamedParameter&)> value;
+  // Every file is read again after it was written, and compared bit by bit.
+  bool verify = false;
 };
 
 // Writes config.json and the weights, in shards when they exceed one. A folder that is there is
-// overwritten file by file; no reader sees half a file. Adapters are not written (see nn/lora.h).
+// overwritten file by file; no reader sees half a file. Adapters, and what they train besides, are
+// not written (see nn/lora.h).
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
 
 // The key of the parameter at `path` in these files: that of model.file_keys() which they have. The

@@ -1,9 +1,12 @@
 #include "nn/weights/safetensors.h"
 
+#include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -40,65 +43,87 @@ To rounded(double x) {
   }
 }
 
-// Stored elements may lie at any address: each is copied out of its bytes.
-template <class Stored, class To, class Widen>
-void convert(const std::byte* from, void* to, std::int64_t count, Widen widen) {
-  parallel_for(count, 1 << 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      Stored value;
-      std::memcpy(&value, from + i * static_cast<std::int64_t>(sizeof value), sizeof value);
-      static_cast<To*>(to)[i] = rounded<To>(widen(value));
-    }
-  });
+// `count` elements at any address.
+using Convert = void (*)(const std::byte* from, void* to, std::int64_t count);
+
+template <class Stored, class To, auto widen>
+void convert(const std::byte* from, void* to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    Stored value;
+    std::memcpy(&value, from + i * static_cast<std::int64_t>(sizeof value), sizeof value);
+    static_cast<To*>(to)[i] = rounded<To>(widen(value));
+  }
+}
+
+double of_float(float x) {
+  return static_cast<double>(x);
+}
+double of_double(double x) {
+  return x;
+}
+double of_bfloat16(bfloat16 x) {
+  return static_cast<double>(to_float(x));
+}
+double of_half(std::uint16_t x) {
+  return static_cast<double>(half_to_float(x));
+}
+void widen_integers(const std::byte* from, void* to, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int32_t value;
+    std::memcpy(&value, from + i * 4, sizeof value);
+    static_cast<std::int64_t*>(to)[i] = value;
+  }
 }
 
 template <class To>
-bool convert_floats(StoredType type, const std::byte* from, void* to, std::int64_t count) {
+Convert conversion_of_floats(StoredType type) {
   switch (type) {
     case StoredType::F16:
-      convert<std::uint16_t, To>(from, to, count, half_to_float);
-      return true;
+      return convert<std::uint16_t, To, of_half>;
     case StoredType::BF16:
-      convert<bfloat16, To>(from, to, count, [](bfloat16 x) { return to_float(x); });
-      return true;
+      return convert<bfloat16, To, of_bfloat16>;
     case StoredType::F32:
-      convert<float, To>(from, to, count, [](float x) { return x; });
-      return true;
+      return convert<float, To, of_float>;
     case StoredType::F64:
-      convert<double, To>(from, to, count, [](double x) { return x; });
-      return true;
+      return convert<double, To, of_double>;
     default:
-      return false;
+      return nullptr;
   }
 }
 
-// Elements into contiguous host memory; false when the types do not convert.
-bool convert(StoredType type, const std::byte* from, const Tensor& to) {
-  const std::int64_t count = to.numel();
-  if (type == stored_type(to.dtype())) {
-    if (count > 0) {
-      std::memcpy(to.raw(), from, static_cast<std::size_t>(to.bytes()));
-    }
-    return true;
-  }
-  switch (to.dtype()) {
+// Null when the types do not convert. For two that are the same there is nothing to convert.
+Convert conversion(StoredType type, DType to) {
+  switch (to) {
     case DType::f32:
-      return convert_floats<float>(type, from, to.raw(), count);
+      return conversion_of_floats<float>(type);
     case DType::bf16:
-      return convert_floats<bfloat16>(type, from, to.raw(), count);
+      return conversion_of_floats<bfloat16>(type);
     case DType::f64:
-      return convert_floats<double>(type, from, to.raw(), count);
+      return conversion_of_floats<double>(type);
     case DType::i64:
-      if (type == StoredType::I32) {
-        convert<std::int32_t, std::int64_t>(from, to.raw(), count,
-                                            [](std::int32_t x) { return x; });
-        return true;
-      }
-      return false;
+      return type == StoredType::I32 ? widen_integers : nullptr;
     case DType::i32:
-      return false;
+      return nullptr;
   }
-  return false;
+  return nullptr;
+}
+
+// False when the file ends before, or cannot be read: errno says which.
+bool read_at(int file, std::byte* to, std::size_t count, std::uint64_t from) {
+  while (count > 0) {
+    const ssize_t got = ::pread(file, to, count, static_cast<off_t>(from));
+    if (got < 0 && errno == EINTR) {
+      continue;
+    }
+    if (got <= 0) {
+      errno = got == 0 ? ENODATA : errno;
+      return false;
+    }
+    to += got;
+    from += static_cast<std::uint64_t>(got);
+    count -= static_cast<std::size_t>(got);
+  }
+  return true;
 }
 
 std::optional<DType> dtype_of_stored(StoredType type) {
@@ -141,7 +166,9 @@ absl::StatusOr<Shape> shape_of(const StoredTensor& tensor, const std::string& pa
   return Shape(sizes);
 }
 
+// A file that is open and mapped.
 struct Mapping {
+  int file = -1;
   void* at = nullptr;
   std::size_t bytes = 0;
   Mapping() = default;
@@ -150,14 +177,8 @@ struct Mapping {
     if (at != nullptr) {
       ::munmap(at, bytes);
     }
-  }
-};
-
-struct Descriptor {
-  int number;
-  ~Descriptor() {
-    if (number >= 0) {
-      ::close(number);
+    if (file >= 0) {
+      ::close(file);
     }
   }
 };
@@ -181,20 +202,20 @@ StoredType stored_type(DType dtype) {
 }
 
 absl::StatusOr<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  auto mapping = std::make_shared<Mapping>();
+  mapping->file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   struct stat info {};
-  if (file.number < 0 || ::fstat(file.number, &info) != 0) {
+  if (mapping->file < 0 || ::fstat(mapping->file, &info) != 0) {
     return absl::ErrnoToStatus(errno, path);
   }
   if (!S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(path + ": not a file");
   }
-  auto mapping = std::make_shared<Mapping>();
   if (info.st_size > 0) {
     // Private and writable: a tensor over it may be written, the file stays as it is.
     const auto bytes = static_cast<std::size_t>(info.st_size);
-    void* const at =
-        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.number, 0);
+    void* const at = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE,
+                            mapping->file, 0);
     if (at == MAP_FAILED) {
       return absl::ErrnoToStatus(errno, path);
     }
@@ -254,9 +275,46 @@ absl::StatusOr<Tensor> SafetensorsFile::read(std::string_view name) const {
   if (aligned && tensor.type == stored_type(*dtype)) {
     return Tensor::wrap(bytes, *shape, *dtype, cpu, mapping_);
   }
-  Tensor copy = Tensor::empty(*shape, *dtype);
-  convert(tensor.type, bytes, copy);
-  return copy;
+  const Tensor copy = Tensor::empty(*shape, *dtype);
+  const absl::Status status = copy_elements(tensor, 0, copy);
+  return status.ok() ? absl::StatusOr<Tensor>(copy) : status;
+}
+
+absl::Status SafetensorsFile::copy_elements(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                                            const Tensor& to) const {
+  // Small enough for the bytes of a conversion to stay in a cache.
+  constexpr std::int64_t kChunk = 1 << 18;  // elements
+  const auto& mapping = *static_cast<const Mapping*>(mapping_.get());
+  const auto stored_bytes = static_cast<std::int64_t>(size_bits(tensor.type) / 8);
+  const auto own_bytes = static_cast<std::int64_t>(size_bytes(to.dtype()));
+  const Convert convert =
+      tensor.type == stored_type(to.dtype()) ? nullptr : conversion(tensor.type, to.dtype());
+  const std::uint64_t first = header_.data_begin + tensor.begin + skipped_bytes;
+  std::atomic<int> problem = 0;
+  const std::int64_t count = to.numel(), chunks = (count + kChunk - 1) / kChunk;
+  parallel_for(chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<std::byte> buffer;
+    for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+      const std::int64_t at = chunk * kChunk, elements = std::min(kChunk, count - at);
+      const auto bytes = static_cast<std::size_t>(elements * stored_bytes);
+      std::byte* const result = static_cast<std::byte*>(to.raw()) + at * own_bytes;
+      if (convert != nullptr) {
+        buffer.resize(bytes);
+      }
+      std::byte* const into = convert != nullptr ? buffer.data() : result;
+      if (!read_at(mapping.file, into, bytes,
+                   first + static_cast<std::uint64_t>(at * stored_bytes))) {
+        problem = errno;
+        return;
+      }
+      if (convert != nullptr) {
+        convert(into, result, elements);
+      }
+    }
+  });
+  return problem == 0
+             ? absl::OkStatus()
+             : absl::ErrnoToStatus(problem, fmt::format("{}: tensor \"{}\"", path_, tensor.name));
 }
 
 absl::Status SafetensorsFile::read_into(std::string_view name, const Tensor& to) const {
@@ -274,7 +332,7 @@ absl::Status SafetensorsFile::read_into(std::string_view name, const Tensor& to)
                                                   path_, name, to_string(to.shape()),
                                                   shape_text(tensor.shape)));
   }
-  return convert_into(tensor, at(tensor), to);
+  return convert_into(tensor, 0, to);
 }
 
 absl::Status SafetensorsFile::read_rows_into(std::string_view name, std::int64_t first,
@@ -296,25 +354,26 @@ absl::Status SafetensorsFile::read_rows_into(std::string_view name, std::int64_t
                     first, to_string(to.shape()), shape_text(tensor.shape)));
   }
   const std::int64_t skipped = (*shape)[0] == 0 ? 0 : first * (shape->numel() / (*shape)[0]);
-  return convert_into(tensor, at(tensor) + skipped * size_bits(tensor.type) / 8, to);
+  return convert_into(tensor, static_cast<std::uint64_t>(skipped * size_bits(tensor.type) / 8), to);
 }
 
-absl::Status SafetensorsFile::convert_into(const StoredTensor& tensor, const std::byte* bytes,
+absl::Status SafetensorsFile::convert_into(const StoredTensor& tensor, std::uint64_t skipped_bytes,
                                            const Tensor& to) const {
-  const bool direct = to.device().kind != DeviceKind::cuda && to.is_contiguous();
-  // On meta the conversion of nothing tells whether the types convert.
-  const Tensor host = to.is_meta() ? Tensor::empty(Shape{0}, to.dtype())
-                      : direct     ? to
-                                   : Tensor::empty(to.shape(), to.dtype());
-  if (!convert(tensor.type, bytes, host)) {
+  if (tensor.type != stored_type(to.dtype()) && conversion(tensor.type, to.dtype()) == nullptr) {
     return absl::InvalidArgumentError(
         fmt::format("{}: tensor \"{}\" of type {} cannot be read as {}", path_, tensor.name,
                     nn::name(tensor.type), reprise::name(to.dtype())));
   }
-  if (!direct && !to.is_meta()) {
+  if (to.is_meta()) {
+    return absl::OkStatus();
+  }
+  const bool direct = to.device().kind != DeviceKind::cuda && to.is_contiguous();
+  const Tensor host = direct ? to : Tensor::empty(to.shape(), to.dtype());
+  const absl::Status status = copy_elements(tensor, skipped_bytes, host);
+  if (status.ok() && !direct) {
     to.copy_from(host);
   }
-  return absl::OkStatus();
+  return status;
 }
 
 }  // namespace reprise::nn

@@ -7,7 +7,8 @@
 // Reading: the file is mapped into memory and checked in full before a tensor is touched. What the
 // reference reader refuses is refused here, under the same error name ("InvalidOffset"); beyond
 // that duplicate tensor names are refused. All errors are absl::Status with the path and the byte
-// or the tensor's name. A file must not be shortened by others while it is mapped.
+// or the tensor's name. A file must not be shortened by others while it is mapped. Copies are read
+// past the mapping: their bytes are in memory once.
 //
 // Writing: tensors ordered by type (widest first), then by name; metadata first; header padded with
 // spaces to 8 bytes; a temporary file in the same folder, fsync, rename: the target is the old file
@@ -93,7 +94,7 @@ class SafetensorsFile {
   absl::StatusOr<Tensor> read(std::string_view name) const;
   // Copies the tensor into `to`, of the same shape. F16, BF16, F32 and F64 convert to f32, bf16 and
   // f64, rounding to nearest even; I32 to i32 and i64, I64 to i64. On meta only the checks are
-  // done.
+  // done. The bytes are those of the file, whatever was written to views of read().
   absl::Status read_into(std::string_view name, const Tensor& to) const;
   // The same of the rows (the first dimension) from `first` on, as many as `to` has.
   absl::Status read_rows_into(std::string_view name, std::int64_t first, const Tensor& to) const;
@@ -102,9 +103,12 @@ class SafetensorsFile {
   SafetensorsFile() = default;
   absl::StatusOr<const StoredTensor*> get(std::string_view name) const;
   std::byte* at(const StoredTensor& tensor) const;
-  // Elements of `tensor` from the one at `bytes` on.
-  absl::Status convert_into(const StoredTensor& tensor, const std::byte* bytes,
+  // `to` from the elements of `tensor` that begin at this byte of its own.
+  absl::Status convert_into(const StoredTensor& tensor, std::uint64_t skipped_bytes,
                             const Tensor& to) const;
+  // Elements from the file into contiguous host memory.
+  absl::Status copy_elements(const StoredTensor& tensor, std::uint64_t skipped_bytes,
+                             const Tensor& to) const;
 
   std::string path_;
   SafetensorsHeader header_;

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "autograd/tape.h"
+#include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
@@ -166,7 +167,7 @@ TEST(Lora, ASavedAdapterLoadsBackBitwiseUnderPeftsKeys) {
     const auto config = load_adapter(*model, (golden(name) / "adapter").string());
     ASSERT_TRUE(config.ok()) << config.status();
     const Folder out;
-    const absl::Status saved = save_adapter(*model, *config, out.at("adapter"));
+    const absl::Status saved = save_adapter(*model, out.at("adapter"));
     ASSERT_TRUE(saved.ok()) << saved;
     EXPECT_TRUE(contents(out.at("adapter/adapter_model.safetensors")) ==
                 contents(golden(name) / "adapter/adapter_model.safetensors"));
@@ -255,7 +256,7 @@ TEST(Lora, BiasesMayBeTrainedBesides) {
     const LoraConfig config{.targets = {{"q_proj"}, ""}, .bias = bias};
     add_lora(*model, config, generator);
     std::set<std::string> keys;
-    for (const NamedParameter& entry : adapter_parameters(*model, config)) {
+    for (const NamedParameter& entry : adapter_parameters(*model)) {
       EXPECT_TRUE(entry.parameter->trainable());
       if (entry.path.ends_with("bias")) {
         keys.insert(entry.path);
@@ -286,14 +287,15 @@ std::string mistake(const std::string& name, const LoraConfig& config) {
 }
 
 TEST(Lora, Mistakes) {
-  EXPECT_EQ(mistake("qwen2", {.targets = {{"c_attn"}, ""}}),
-            "[lora] no module of this qwen2 matches target_modules [c_attn]");
+  EXPECT_EQ(
+      mistake("qwen2", {.targets = {{"c_attn"}, ""}}),
+      "[lora] no module of this qwen2 matches target_modules [c_attn]: did you mean self_attn?");
   EXPECT_EQ(mistake("qwen2", {.targets = {{}, "x"}}),
             "[lora] no module of this qwen2 matches target_modules [] or \"x\"");
   EXPECT_EQ(mistake("qwen2", {.targets = {{}, "("}}),
             "[lora] target_modules holds \"(\", which is not a regular expression");
   EXPECT_EQ(mistake("llama", {.targets = {{"norm"}, ""}}),
-            "[lora] target_modules matches model.norm, which is not a Linear");
+            "[lora] target_modules matches model.norm, which is neither a Linear nor an Embedding");
   EXPECT_EQ(mistake("qwen2", {.rank = 0}), "[lora] rank must be at least 1, got 0");
   EXPECT_EQ(mistake("qwen2", {.dropout = 1}), "[lora] dropout must be from 0 to below 1, got 1");
   EXPECT_EQ(mistake("qwen2", {.bias = "some"}),
@@ -302,6 +304,12 @@ TEST(Lora, Mistakes) {
             "[lora] rank_pattern gives model.layers.0.self_attn.q_proj the rank 0, 1 is the least");
   EXPECT_EQ(mistake("qwen2", {.modules_to_save = {"score"}}),
             "[lora] modules_to_save names score, which this qwen2 does not have");
+  EXPECT_EQ(
+      mistake("qwen2", {.targets = {{"q_proj", "v_porj"}, ""}}),
+      "[lora] target_modules names v_porj, which this qwen2 does not have: did you mean v_proj?");
+  EXPECT_EQ(mistake("qwen2", {.alphas = {{"1.mlp", 3}}}),
+            "[lora] alpha_pattern names \"1.mlp\", which matches none of the 4 targets: "
+            "model.layers.0.self_attn.q_proj, ...");
   EXPECT_EQ(
       mistake("qwen2", {.modules_to_save = {"lm_head"}}),
       "[lora] modules_to_save names lm_head, but the head of this model is tied to its embedding "
@@ -315,8 +323,12 @@ TEST(Lora, Mistakes) {
   add_lora(*model, {}, generator);
   EXPECT_THROW(add_lora(*model, {}, generator), Error);
   Linear layer(4, 3, {}, Place{});
-  EXPECT_THROW(layer.set_lora(std::make_unique<Lora>(3, 4, 1, 1.0, 0.0, Place{})), Error);
-  EXPECT_EQ(layer.take_lora(), nullptr);
+  Lora turned({.in = 3, .out = 4, .rank = 1}, Place{});
+  EXPECT_THROW(layer.set_lora(&turned), Error);
+  EXPECT_EQ(layer.lora(), nullptr);
+  Embedding table(7, 3, std::nullopt, Place{});
+  LoraEmbedding other({.in = 6, .out = 3, .rank = 1}, Place{});
+  EXPECT_THROW(table.set_lora(&other), Error);
 }
 
 struct Adapter {
@@ -353,14 +365,20 @@ TEST(Lora, AdapterFilesThatAreWrong) {
   EXPECT_EQ(with("peft_type", "IA3"),
             "adapter_config.json: peft_type must be \"LORA\", got \"IA3\"");
   EXPECT_EQ(with("peft_type", nullptr), "adapter_config.json: peft_type is missing");
-  EXPECT_EQ(with("use_dora", true),
-            "adapter_config.json: use_dora is not supported: it must be false or null");
+  EXPECT_EQ(with("lora_bias", true),
+            "adapter_config.json: lora_bias is not supported: it must be false or null");
+  EXPECT_THAT(with("use_dora", true), HasSubstr("q_proj.lora_magnitude_vector"));
   EXPECT_EQ(with("r", 0), "adapter_config.json: r must be at least 1, got 0");
   EXPECT_EQ(with("init_lora_weights", "pissa"),
             "adapter_config.json: init_lora_weights must be true, false or \"gaussian\", got "
             "\"pissa\": other ways change the base weights");
   EXPECT_EQ(with("target_modules", {"query"}),
             "adapter_config.json: [lora] no module of this qwen2 matches target_modules [query]");
+  EXPECT_EQ(
+      with("rank_pattern", {{"query", 3}}),
+      "adapter_config.json: [lora] rank_pattern names \"query\", which matches none of the 14 "
+      "targets: model.layers.0.self_attn.q_proj, ...");
+  EXPECT_THAT(with("r", 5), HasSubstr("the adapter is for another base or rank: base_model."));
   EXPECT_THAT(with("r", 5), HasSubstr("must have shape [5, "));
   EXPECT_THAT(with("target_modules", {"q_proj"}), HasSubstr("without a place: [base_model.model."));
   adapter.config = good;

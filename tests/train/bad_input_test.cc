@@ -195,7 +195,8 @@ TEST(BadInput, Flags) {
   expect_refused("biuld", "unknown command biuld: did you mean build?");
   expect_refused("dmo", "unknown command dmo: did you mean demo?");
   expect_refused("partiy x", "unknown command partiy: did you mean parity?");
-  expect_refused("xyzzy", "unknown command xyzzy; commands: build, demo, parity, test");
+  expect_refused(
+      "xyzzy", "unknown command xyzzy; commands: build, demo, explain, init, memory, parity, test");
   expect_refused("demo --second 5", "unknown flag --second: did you mean --seconds?");
   expect_refused("parity --jsn x", "unknown flag --jsn: did you mean --json?");
   expect_refused("--rank 2 demo", "unknown flag --rank: did you mean --ranks?");
@@ -218,7 +219,8 @@ TEST(BadInput, UnknownCommandsOfTheScript) {
   for (const auto& [words, message] : std::vector<std::pair<std::string, std::string>>{
            {"tset", "unknown command tset: did you mean test?"},
            {"--ranks 2 dmo --text x", "unknown command dmo: did you mean demo?"},
-           {"xyzzy", "unknown command xyzzy; commands: build, demo, parity, test"}}) {
+           {"xyzzy",
+            "unknown command xyzzy; commands: build, demo, explain, init, memory, parity, test"}}) {
     const Outcome outcome = run_program(words, bare.at("reprise"));
     EXPECT_EQ(outcome.code, 2);
     EXPECT_EQ(outcome.text, "reprise: " + message + "\n");

@@ -25,7 +25,7 @@ constexpr const char* kCases[] = {"gpt2",       "gpt2_lora",         "llama",   
                                   "qwen2_lora", "qwen2_lora_extras", "qwen3",     "glm4",
                                   "qwen2_vl",   "qwen2_vl_lora",     "clip",      "clip_vision",
                                   "xcomposer2", "xcomposer2_lora",   "internlm2", "qwen",
-                                  "qwen_lora"};
+                                  "qwen_lora",  "qwen2_dora"};
 
 TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
   for (const std::string name : kCases) {
@@ -66,8 +66,21 @@ constexpr const char* kOptionCases[] = {"llama_biases",      "llama_pad_from_end
                                         "xcomposer2_images", "internlm2_options",
                                         "qwen_long"};
 
-TEST(Parity, OptionsOfTheModelsPassUnderEveryPolicy) {
-  for (const std::string name : kOptionCases) {
+// The same of adapters; tests/golden/make_adapters.py made them.
+constexpr const char* kAdapterCases[] = {"llama_lora_embedding", "llama_lora_tied_embedding",
+                                         "llama_lora_head",      "llama_dora_embedding",
+                                         "qwen2_lora_bias_only", "qwen2_lora_bias_all",
+                                         "qwen2_lora_layers",    "gpt2_dora",
+                                         "gpt2_lora_saved"};
+
+std::vector<std::string> option_cases() {
+  std::vector<std::string> names(std::begin(kOptionCases), std::end(kOptionCases));
+  names.insert(names.end(), std::begin(kAdapterCases), std::end(kAdapterCases));
+  return names;
+}
+
+TEST(Parity, OptionsPassUnderEveryPolicy) {
+  for (const std::string& name : option_cases()) {
     const auto report = run_parity(golden(name).string(), {.every_policy = true});
     ASSERT_TRUE(report.ok()) << report.status();
     EXPECT_TRUE(report->passed()) << name << "\n" << to_text(*report);
@@ -117,6 +130,14 @@ TEST(Parity, OptionsOfTheModelsAreSeen) {
     const auto report = run_parity(folder.path().string());
     ASSERT_TRUE(report.ok()) << report.status();
     EXPECT_FALSE(report->passed()) << name << " without " << key;
+  }
+}
+
+TEST(Parity, AdaptersPassInBfloat16) {
+  for (const std::string name : kAdapterCases) {
+    const auto report = run_parity(golden(name).string(), {.dtype = DType::bf16});
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_TRUE(report->passed()) << name << "\n" << to_text(*report);
   }
 }
 

@@ -5,8 +5,8 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
+#include "core/nearest.h"
 #include "train/progress.h"
-#include "train/suggest.h"
 
 namespace reprise::train {
 namespace {

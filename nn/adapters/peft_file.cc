@@ -1,11 +1,17 @@
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
-#include <map>
 #include <set>
+#include <utility>
 
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "nn/adapters/add.h"
+#include "nn/adapters/select.h"
+#include "nn/adapters/set.h"
+#include "nn/embedding.h"
+#include "nn/linear.h"
 #include "nn/lora.h"
 #include "nn/weights/json.h"
 #include "nn/weights/replace_file.h"
@@ -24,12 +30,17 @@ std::string inside(const std::string& folder, std::string_view file) {
 
 // Variants of LoRA that change what an adapter means; off and absent are the same.
 constexpr std::string_view kOther[] = {
-    "use_dora",          "lora_bias",
-    "use_qalora",        "use_bdlora",
-    "layer_replication", "trainable_token_indices",
-    "target_parameters", "alora_invocation_tokens",
-    "kasa_config",       "velora_config",
-    "monteclora_config", "arrow_config",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
     "megatron_config",
 };
 
@@ -77,6 +88,7 @@ LoraConfig read_config(JsonReader& json) {
   config.alpha = json.number("lora_alpha", 8);
   config.dropout = json.number("lora_dropout", 0);
   config.rank_stabilized = json.boolean("use_rslora", false);
+  config.weight_decomposed = json.boolean("use_dora", false);
   config.init = read_init(json);
   config.targets = read_pattern(json, "target_modules");
   if (config.targets.regex == "all-linear") {
@@ -115,28 +127,128 @@ nlohmann::json pattern_json(const ModulePattern& pattern) {
   return pattern.names;
 }
 
-// The parameter of each key of an adapter file, which may have the names of another generation.
-std::map<std::string, Parameter*> by_key(Model& model, const LoraConfig& config,
-                                         const SafetensorsFile& file) {
-  std::map<std::string, Parameter*> result;
-  for (const NamedParameter& entry : adapter_parameters(model, config)) {
-    std::string key = entry.path;
-    if (file.find(key) == nullptr) {
-      for (const FileKey& other : model.file_keys(key.substr(kPrefix.size()))) {
-        if (file.find(kPrefix + other.key) != nullptr) {
-          key = kPrefix + other.key;
-          break;
-        }
+// A tensor of the file and the parameter that it is for.
+struct Entry {
+  std::string key;
+  Parameter* parameter;
+  bool optional = false;
+};
+
+// Base weights that PEFT writes beside adapters on embeddings and heads.
+std::vector<Entry> base_entries(const NamedAdapter& adapter) {
+  std::vector<Entry> entries;
+  for (const PlacedAdapter& layer : adapter.layers) {
+    if (writes_base(adapter.config, layer.path)) {
+      const std::string base = kPrefix + layer.path + ".base_layer.";
+      entries.push_back({base + "weight", layer.linear != nullptr ? &layer.linear->weight
+                                                                  : &layer.embedding->weight});
+      if (layer.linear != nullptr && layer.linear->bias.defined()) {
+        entries.push_back({base + "bias", &layer.linear->bias});
       }
     }
-    result.emplace(key, entry.parameter);
   }
-  return result;
+  return entries;
+}
+
+// What the file should hold, under the key that it is there by; files of other generations have
+// other prefixes.
+std::vector<Entry> entries_of(Model& model, const NamedAdapter& adapter,
+                              const SafetensorsFile& file) {
+  std::vector<Entry> entries;
+  std::set<std::string> keys;
+  for (const NamedParameter& entry : adapter_parameters(model)) {
+    entries.push_back({entry.path, entry.parameter});
+    keys.insert(entry.path);
+  }
+  for (Entry entry : base_entries(adapter)) {
+    entry.optional = true;
+    if (keys.insert(entry.key).second) {
+      entries.push_back(entry);
+    }
+  }
+  for (Entry& entry : entries) {
+    if (file.find(entry.key) != nullptr) {
+      continue;
+    }
+    for (const FileKey& other : model.file_keys(entry.key.substr(kPrefix.size()))) {
+      if (file.find(kPrefix + other.key) != nullptr) {
+        entry.key = kPrefix + other.key;
+        break;
+      }
+    }
+  }
+  return entries;
+}
+
+// The model as it was before an adapter was tried on it.
+class AdapterState {
+ public:
+  explicit AdapterState(Model& model) : model_(model), active_(model.adapters().active()) {
+    for (Parameter* parameter : model.parameters()) {
+      trainable_.emplace_back(parameter, parameter->trainable());
+    }
+  }
+  void restore(const std::string& added) const {
+    model_.adapters().remove(*model_.adapters().find(added));
+    if (active_ != nullptr) {
+      model_.adapters().activate(*active_);
+    }
+    for (const auto& [parameter, on] : trainable_) {
+      parameter->set_trainable(on);
+    }
+  }
+
+ private:
+  Model& model_;
+  NamedAdapter* active_;
+  std::vector<std::pair<Parameter*, bool>> trainable_;
+};
+
+// Everything that does not fit, at once.
+absl::Status check_entries(const std::string& path, const SafetensorsFile& file,
+                           const std::vector<Entry>& entries) {
+  std::vector<std::string> missing, unexpected, shapes;
+  std::set<std::string_view> known;
+  for (const Entry& entry : entries) {
+    known.insert(entry.key);
+    const StoredTensor* const stored = file.find(entry.key);
+    if (stored == nullptr) {
+      if (!entry.optional) {
+        missing.push_back(entry.key);
+      }
+      continue;
+    }
+    const Shape& expected = entry.parameter->shape();
+    const bool same = std::ranges::equal(stored->shape, expected.sizes(), [](auto a, auto b) {
+      return a == static_cast<std::uint64_t>(b);
+    });
+    if (!same) {
+      shapes.push_back(fmt::format("{} must have shape {}, got [{}]", entry.key,
+                                   to_string(expected), fmt::join(stored->shape, ", ")));
+    }
+  }
+  for (const StoredTensor& tensor : file.tensors()) {
+    if (!known.contains(tensor.name)) {
+      unexpected.push_back(tensor.name);
+    }
+  }
+  std::vector<std::string> problems;
+  if (!shapes.empty()) {
+    problems.push_back(
+        fmt::format("the adapter is for another base or rank: {}", fmt::join(shapes, "; ")));
+  }
+  if (!missing.empty() || !unexpected.empty()) {
+    problems.push_back(fmt::format("missing: [{}]; without a place: [{}]", fmt::join(missing, ", "),
+                                   fmt::join(unexpected, ", ")));
+  }
+  return problems.empty()
+             ? absl::OkStatus()
+             : absl::InvalidArgumentError(fmt::format("{}: {}", path, fmt::join(problems, "; ")));
 }
 
 }  // namespace
 
-std::string to_json(const LoraConfig& config, const Model& model) {
+std::string to_json(const LoraConfig& config, Model& model) {
   nlohmann::json json = {{"peft_type", "LORA"},        {"r", config.rank},
                          {"lora_alpha", config.alpha}, {"lora_dropout", config.dropout},
                          {"bias", config.bias},        {"inference_mode", true}};
@@ -150,8 +262,15 @@ std::string to_json(const LoraConfig& config, const Model& model) {
   if (config.alpha == std::floor(config.alpha)) {
     json["lora_alpha"] = static_cast<std::int64_t>(config.alpha);
   }
-  if (model.type() == "gpt2") {
-    json["fan_in_fan_out"] = true;
+  // PEFT has one flag for all: Conv1D stores [in, out], and no model mixes the two.
+  for (const NamedModule& entry : model.named_modules()) {
+    const auto* const linear = dynamic_cast<const Linear*>(entry.module);
+    if (linear != nullptr && linear->in_out()) {
+      json["fan_in_fan_out"] = true;
+    }
+  }
+  if (config.weight_decomposed) {
+    json["use_dora"] = true;
   }
   if (config.rank_stabilized) {
     json["use_rslora"] = true;
@@ -197,59 +316,61 @@ absl::StatusOr<LoraConfig> read_lora_config(const std::string& folder) {
   return config;
 }
 
-absl::Status save_adapter(Model& model, const LoraConfig& config, const std::string& folder) {
+absl::Status save_adapter(Model& model, const std::string& folder) {
+  const NamedAdapter* const active = model.adapters().active();
+  if (active == nullptr) {
+    return absl::FailedPreconditionError(folder + ": the model has no active adapter to save");
+  }
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) {
     return absl::ErrnoToStatus(error.value(), folder);
   }
   std::vector<NamedTensor> tensors;
-  for (const NamedParameter& entry : adapter_parameters(model, config)) {
+  std::set<std::string> keys;
+  for (const NamedParameter& entry : adapter_parameters(model)) {
     tensors.push_back({entry.path, entry.parameter->value()});
+    keys.insert(entry.path);
+  }
+  for (const Entry& entry : base_entries(*active)) {
+    if (!keys.contains(entry.key)) {
+      tensors.push_back({entry.key, entry.parameter->value()});
+    }
   }
   const absl::Status status = write_safetensors(inside(folder, kWeights), tensors);
-  return status.ok() ? replace_file(inside(folder, kConfig), to_json(config, model)) : status;
+  return status.ok() ? replace_file(inside(folder, kConfig), to_json(active->config, model))
+                     : status;
 }
 
-absl::StatusOr<LoraConfig> load_adapter(Model& model, const std::string& folder) {
-  const absl::StatusOr<LoraConfig> config = read_lora_config(folder);
+absl::StatusOr<LoraConfig> load_adapter(Model& model, const std::string& folder,
+                                        const std::string& name, bool widen) {
+  absl::StatusOr<LoraConfig> config = read_lora_config(folder);
   if (!config.ok()) {
     return config;
   }
+  config->widen = widen;
   const std::string path = inside(folder, kWeights);
   const absl::StatusOr<SafetensorsFile> file = SafetensorsFile::open(path);
   if (!file.ok()) {
     return file.status();
   }
+  const AdapterState before(model);
   try {
-    Generator unused;  // every value is overwritten below
-    add_lora(model, *config, unused);
+    add_adapter(model, *config, nullptr, name);
   } catch (const Error& mistake) {
     return absl::InvalidArgumentError(
         fmt::format("{}: {}", inside(folder, kConfig), mistake.what()));
   }
-  const std::map<std::string, Parameter*> parameters = by_key(model, *config, *file);
-  std::vector<std::string> missing, unexpected;
-  for (const auto& [key, parameter] : parameters) {
-    if (file->find(key) == nullptr) {
-      missing.push_back(key);
+  const std::vector<Entry> entries = entries_of(model, *model.adapters().active(), *file);
+  absl::Status status = check_entries(path, *file, entries);
+  for (const Entry& entry : entries) {
+    if (status.ok() && file->find(entry.key) != nullptr) {
+      status = file->read_into(entry.key, entry.parameter->write());
     }
   }
-  for (const StoredTensor& tensor : file->tensors()) {
-    if (!parameters.contains(tensor.name)) {
-      unexpected.push_back(tensor.name);
-    }
-  }
-  if (!missing.empty() || !unexpected.empty()) {
-    return absl::InvalidArgumentError(fmt::format("{}: missing: [{}]; without a place: [{}]", path,
-                                                  fmt::join(missing, ", "),
-                                                  fmt::join(unexpected, ", ")));
-  }
-  for (const auto& [key, parameter] : parameters) {
-    const absl::Status status = file->read_into(key, parameter->write());
-    if (!status.ok()) {
-      return status;
-    }
+  if (!status.ok()) {
+    before.restore(name);
+    return status;
   }
   return config;
 }

@@ -1,9 +1,9 @@
-#include "train/suggest.h"
+#include "core/nearest.h"
 
 #include <algorithm>
 #include <numeric>
 
-namespace reprise::train {
+namespace reprise {
 namespace {
 
 std::size_t distance(std::string_view a, std::string_view b) {
@@ -36,4 +36,4 @@ std::string nearest(std::string_view given, const std::vector<std::string>& know
   return best;
 }
 
-}  // namespace reprise::train
+}  // namespace reprise

@@ -1,0 +1,67 @@
+// The low-rank adapter of one layer.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "autograd/variable.h"
+#include "nn/adapters/config.h"
+#include "nn/module.h"
+
+namespace reprise::nn {
+
+struct LoraShape {
+  std::int64_t in = 0, out = 0, rank = 0;
+  double scale = 1;    // s
+  double dropout = 0;  // none for an embedding
+  bool weight_decomposed = false;
+};
+
+// Common to both: A [R, in], B [out, R] and, for DoRA, the lengths m [out].
+class LoraBase : public Module {
+ public:
+  bool is_adapter() const override { return true; }
+  virtual void initialize(LoraInit init, Generator& generator) = 0;
+
+  std::int64_t in() const { return shape_.in; }
+  std::int64_t out() const { return shape_.out; }
+  std::int64_t rank() const { return shape_.rank; }
+  double scale() const { return shape_.scale; }
+  bool weight_decomposed() const { return shape_.weight_decomposed; }
+  // m becomes what it is in the unchanged model: the row lengths of W + s B A.
+  void initialize_magnitude(const Tensor& weight, bool in_out);
+
+  Parameter a, b, magnitude;
+
+ protected:
+  LoraBase(const LoraShape& shape, const char* a_name, const char* b_name, Place place);
+  // m / |W + s B A| x, x [.., out].
+  Variable decompose(Variable x, const Parameter& weight, bool in_out) const;
+
+  LoraShape shape_;
+};
+
+// Of a Linear: its parameters are "lora_A.weight", "lora_B.weight" and "lora_magnitude_vector" of
+// that layer.
+class Lora : public LoraBase {
+ public:
+  Lora(const LoraShape& shape, Place place);
+  void initialize(LoraInit init, Generator& generator) override;
+  // y + s B(A(dropout(x))) for the layer's own y [.., out] of x [.., in].
+  Variable operator()(Variable y, Variable x) const;
+  // The layer's output where it is weight-decomposed: `product` is W x without the bias.
+  Variable decomposed(Variable x, const std::function<Variable(Variable)>& product,
+                      const Parameter& weight, const Parameter& bias, bool in_out) const;
+};
+
+// Of an Embedding: "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector".
+class LoraEmbedding : public LoraBase {
+ public:
+  LoraEmbedding(const LoraShape& shape, Place place);
+  void initialize(LoraInit init, Generator& generator) override;
+  // y + s B(A[:, id]) for the layer's own y [.., out]; the row `padding` gets no gradient.
+  Variable operator()(Variable y, const Tensor& ids, std::int64_t padding,
+                      const Parameter& table) const;
+};
+
+}  // namespace reprise::nn

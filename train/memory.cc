@@ -1,0 +1,229 @@
+#include "train/memory.h"
+
+#include <chrono>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "autograd/dry_run.h"
+#include "core/error.h"
+#include "nn/lora.h"
+#include "nn/optimizer/adamw.h"
+#include "nn/weights/folder.h"
+#include "nn/weights/json.h"
+#include "train/progress.h"
+
+namespace reprise::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+absl::StatusOr<std::unique_ptr<nn::Model>> build(const std::string& config, nn::Place place) {
+  const std::string file =
+      fs::is_directory(config) ? (fs::path(config) / "config.json").string() : config;
+  absl::StatusOr<nn::JsonReader> json = nn::JsonReader::open(file);
+  return json.ok() ? nn::build_model(*json, place) : json.status();
+}
+
+absl::Status add_adapter(nn::Model& model, const DryRunOptions& options) {
+  if (options.lora_rank == 0) {
+    return absl::OkStatus();
+  }
+  Generator generator;
+  try {
+    nn::add_lora(model,
+                 {.rank = options.lora_rank,
+                  .alpha = static_cast<double>(options.lora_rank),
+                  .weight_decomposed = options.weight_decomposed,
+                  .targets = {options.targets, ""},
+                  .all_linear = options.targets.empty()},
+                 generator);
+  } catch (const Error& mistake) {
+    return absl::InvalidArgumentError(mistake.what());
+  }
+  return absl::OkStatus();
+}
+
+// A model on meta that would train, and a batch of text for it.
+struct Subject {
+  std::unique_ptr<nn::Model> model;
+  nn::Batch batch;
+};
+
+absl::StatusOr<Subject> subject_of(const std::string& config, const DryRunOptions& options) {
+  absl::StatusOr<std::unique_ptr<nn::Model>> model = build(config, {meta, options.dtype});
+  if (!model.ok()) {
+    return model.status();
+  }
+  Subject subject{*std::move(model), {}};
+  const absl::Status added = add_adapter(*subject.model, options);
+  if (!added.ok()) {
+    return added;
+  }
+  const Shape shape{options.batch, options.tokens};
+  subject.batch.ids = Tensor::zeros(shape, DType::i64, meta);
+  subject.batch.labels = subject.batch.ids;
+  return subject;
+}
+
+std::int64_t count(const std::vector<Parameter*>& parameters) {
+  std::int64_t total = 0;
+  for (const Parameter* p : parameters) {
+    total += p->shape().numel();
+  }
+  return total;
+}
+
+MemoryRow measure(Subject& subject, const std::string& policy) {
+  const auto start = std::chrono::steady_clock::now();
+  const StepReport step =
+      dry_run([&] { return subject.model->loss(subject.batch); }, Policies::named(policy));
+  return {
+      .policy = policy,
+      .peak_bytes = step.peak_bytes,
+      .at_peak = step.at_peak,
+      .peak_transient_bytes = step.peak_transient_bytes,
+      .forward_flops = step.forward_flops,
+      .backward_flops = step.backward_flops,
+      .replay_flops = step.replay_flops,
+      .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+}
+
+std::string adapter_text(const MemoryTable& table) {
+  const DryRunOptions& o = table.options;
+  if (o.lora_rank == 0) {
+    return "";
+  }
+  return fmt::format(
+      ", {} of rank {} on {} ({} parameters)", o.weight_decomposed ? "DoRA" : "LoRA", o.lora_rank,
+      o.targets.empty() ? "every linear layer" : fmt::format("{}", fmt::join(o.targets, ", ")),
+      table.trainable);
+}
+
+}  // namespace
+
+absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
+                                           const DryRunOptions& options) {
+  absl::StatusOr<Subject> subject = subject_of(config, options);
+  if (!subject.ok()) {
+    return subject.status();
+  }
+  nn::Model& model = *subject->model;
+  MemoryTable table{.model = std::string(model.type()), .options = options};
+  const std::vector<Parameter*> trainable = model.trainable_parameters();
+  table.trainable = count(trainable);
+  table.parameters = count(model.parameters()) - (options.lora_rank > 0 ? table.trainable : 0);
+  nn::AdamW optimizer(trainable);
+  Generator generator;
+  model.train(generator);
+  try {
+    // The optimizer has its states from the first step on; the second is measured.
+    (void)measure(*subject, "inputs-only");
+    optimizer.step(1e-4);
+    for (const std::string& policy :
+         options.policy.empty() ? Policies::names() : std::vector<std::string>{options.policy}) {
+      optimizer.zero_gradients();
+      table.rows.push_back(measure(*subject, policy));
+    }
+  } catch (const Error& mistake) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", config, mistake.what()));
+  }
+  return table;
+}
+
+std::string to_text(const MemoryTable& table) {
+  const DryRunOptions& o = table.options;
+  std::string text =
+      fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW\n\n", table.model,
+                  table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens);
+  text += fmt::format("{:<14} {:>11}", "policy", "peak");
+  for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
+    if (static_cast<MemoryKind>(kind) != MemoryKind::communication) {
+      text += fmt::format(" {:>11}", name(static_cast<MemoryKind>(kind)));
+    }
+  }
+  text += fmt::format(" {:>9}\n", "replayed");
+  for (const MemoryRow& row : table.rows) {
+    text += fmt::format("{:<14} {:>11}", row.policy, human_bytes(row.peak_bytes));
+    for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
+      if (static_cast<MemoryKind>(kind) != MemoryKind::communication) {
+        text += fmt::format(" {:>11}", human_bytes(row.at_peak[kind]));
+      }
+    }
+    const auto once = static_cast<double>(row.forward_flops + row.backward_flops);
+    text += fmt::format(" {:>8.1f}%\n", 100 * static_cast<double>(row.replay_flops) / once);
+  }
+  return text;
+}
+
+std::string to_json(const MemoryTable& table) {
+  const DryRunOptions& o = table.options;
+  nlohmann::ordered_json json = {{"model", table.model},
+                                 {"parameters", table.parameters},
+                                 {"trainable", table.trainable},
+                                 {"dtype", name(o.dtype)},
+                                 {"batch", o.batch},
+                                 {"tokens", o.tokens},
+                                 {"lora_rank", o.lora_rank},
+                                 {"rows", nlohmann::ordered_json::array()}};
+  for (const MemoryRow& row : table.rows) {
+    nlohmann::ordered_json entry = {{"policy", row.policy},
+                                    {"peak_bytes", row.peak_bytes},
+                                    {"peak_transient_bytes", row.peak_transient_bytes}};
+    for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
+      entry["at_peak"][std::string(name(static_cast<MemoryKind>(kind)))] = row.at_peak[kind];
+    }
+    entry["forward_flops"] = row.forward_flops;
+    entry["backward_flops"] = row.backward_flops;
+    entry["replay_flops"] = row.replay_flops;
+    entry["seconds"] = row.seconds;
+    json["rows"].push_back(std::move(entry));
+  }
+  return json.dump(2) + "\n";
+}
+
+absl::StatusOr<std::string> explain_config(const std::string& config,
+                                           const DryRunOptions& options) {
+  absl::StatusOr<Subject> subject = subject_of(config, options);
+  if (!subject.ok()) {
+    return subject.status();
+  }
+  std::string text;
+  try {
+    (void)dry_run([&] { return subject->model->loss(subject->batch); },
+                  Policies::named(options.policy.empty() ? "inputs-only" : options.policy),
+                  [&](const Tape& tape) { text = explain(tape); });
+  } catch (const Error& mistake) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", config, mistake.what()));
+  }
+  return text;
+}
+
+absl::StatusOr<std::string> init_folder(const std::string& config, const std::string& folder,
+                                        const InitOptions& options) {
+  for (const char* file : {"model.safetensors", "model.safetensors.index.json"}) {
+    if (fs::exists(fs::path(folder) / file)) {
+      return absl::FailedPreconditionError(
+          fmt::format("{}: there are weights already: name another folder", folder));
+    }
+  }
+  absl::StatusOr<std::unique_ptr<nn::Model>> model = build(config, {cpu, options.dtype});
+  if (!model.ok()) {
+    return model.status();
+  }
+  Generator generator{options.seed};
+  (*model)->initialize(generator);
+  const absl::Status saved =
+      nn::save_model(**model, folder, {.max_shard_bytes = options.max_shard_bytes});
+  if (!saved.ok()) {
+    return saved;
+  }
+  const std::int64_t parameters = count((*model)->parameters());
+  return fmt::format(
+      "{}: {} with {} parameters, {}\n", folder, (*model)->type(), parameters,
+      human_bytes(parameters * static_cast<std::int64_t>(size_bytes(options.dtype))));
+}
+
+}  // namespace reprise::train
