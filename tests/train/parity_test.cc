@@ -134,8 +134,8 @@ TEST(Parity, OptionsOfTheModelsAreSeen) {
 }
 
 // In bf16 some tensors of two cases lie beyond the bound, by no more than this. Rounding only the
-// weights of qwen2_vl to bf16 moves a bias of its tower by 0.12; PyTorch's run of that case, with its
-// default attention, is 0.19 off.
+// weights of qwen2_vl to bf16 moves a bias of its tower by 0.12; PyTorch's run of that case, with
+// its default attention, is 0.19 off.
 double allowed_in_bfloat16(const std::string& name, const ParityRow& row) {
   if (name == "qwen2_vl" && row.key.starts_with("grad.visual.blocks.")) {
     return 0.25;
