@@ -19,6 +19,27 @@ struct Device {
 inline constexpr Device cpu{DeviceKind::cpu, 0};
 inline constexpr Device meta{DeviceKind::meta, 0};
 
+// What meta stands for on this thread: kernels there take the workspace that they would take on a
+// device of this kind. cpu, unless a DryRunFor is alive.
+namespace detail {
+inline thread_local DeviceKind dry_run_kind = DeviceKind::cpu;
+}
+inline DeviceKind dry_run_kind() {
+  return detail::dry_run_kind;
+}
+class DryRunFor {
+ public:
+  explicit DryRunFor(DeviceKind kind) : before_(detail::dry_run_kind) {
+    detail::dry_run_kind = kind;
+  }
+  DryRunFor(const DryRunFor&) = delete;
+  DryRunFor& operator=(const DryRunFor&) = delete;
+  ~DryRunFor() { detail::dry_run_kind = before_; }
+
+ private:
+  DeviceKind before_;
+};
+
 // "cpu", "meta", "cuda:1".
 inline std::string to_string(Device device) {
   switch (device.kind) {

@@ -4,8 +4,9 @@
 #include <limits>
 #include <vector>
 
+#include "core/cuda_device.h"
 #include "core/parallel.h"
-#include "kernels/attention_sides.h"
+#include "kernels/attention_tasks.h"
 #include "kernels/dispatch.h"
 
 namespace reprise::kernels {
@@ -111,17 +112,35 @@ Sizes checked(std::string_view op, const AttentionInputs& in, const Tensor& out,
 }
 
 // Bounds of documents [B, 2, T]; undefined without documents.
-Tensor bounds_of(const AttentionInputs& in, const Sizes& s) {
+Tensor bounds_of([[maybe_unused]] std::string_view op, const AttentionInputs& in, const Sizes& s) {
   if (!in.documents.defined()) {
     return {};
   }
+  const Device device = in.q.device();
   const Tensor bounds =
-      Tensor::empty(Shape{s.B, 2, s.T}, DType::i64, in.q.device(), MemoryKind::workspace);
-  cpu::document_bounds(in.documents.data<std::int64_t>(), s.B, s.T, bounds.data<std::int64_t>());
+      Tensor::empty(Shape{s.B, 2, s.T}, DType::i64, device, MemoryKind::workspace);
+  const auto* const documents = in.documents.data<std::int64_t>();
+  auto* const to = bounds.data<std::int64_t>();
+  if (device.kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(op, cuda::document_bounds(documents, s.B, s.T, to, cuda_stream(device)));
+  } else {
+    cpu::document_bounds(documents, s.B, s.T, to);
+  }
   return bounds;
 }
 
-cpu::Heads heads(const Tensor& tensor) {
+void expect_fits_cuda(std::string_view op, const Sizes& s) {
+  if (s.D > cuda::kMaxAttentionHead) {
+    fail(op, "heads must have at most {} elements on a CUDA device, got D = {}",
+         cuda::kMaxAttentionHead, s.D);
+  }
+  if (std::max(s.T, s.S) > cuda::kMaxAttentionTokens) {
+    fail(op, "T and S must be at most {} on a CUDA device, got {} and {}",
+         cuda::kMaxAttentionTokens, s.T, s.S);
+  }
+}
+
+AttentionHeads heads(const Tensor& tensor) {
   if (!tensor.defined()) {
     return {};
   }
@@ -142,10 +161,10 @@ Tensor workspace_of(const cpu::AttentionPlan& plan, std::int64_t slots, Device d
                        MemoryKind::workspace);
 }
 
-cpu::AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& bounds,
-                           const Tensor& log_sum_exp, const AttentionOptions& options) {
-  cpu::AttentionCall call{
-      s.B, s.T, s.H, s.S, s.K, s.D, in.q.dtype(), options, cpu::Visibility(s.T, s.S, options)};
+AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& bounds,
+                      const Tensor& log_sum_exp, const AttentionOptions& options) {
+  AttentionCall call{
+      s.B, s.T, s.H, s.S, s.K, s.D, in.q.dtype(), options, Visibility(s.T, s.S, options)};
   if (bounds.defined()) {
     call.visibility.set_documents(bounds.data<std::int64_t>());
   }
@@ -157,17 +176,59 @@ cpu::AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tens
   return call;
 }
 
+void set_gradients(AttentionCall& call, const Tensor& dout, const AttentionGradients& gradients) {
+  call.dout = heads(dout);
+  call.dq = heads(gradients.dq);
+  call.dk = heads(gradients.dk);
+  call.dv = heads(gradients.dv);
+  call.accumulate_q = gradients.accumulate_q;
+  call.accumulate_k = gradients.accumulate_k;
+  call.accumulate_v = gradients.accumulate_v;
+}
+
 void clear(const Tensor& gradient, bool accumulate) {
   if (gradient.defined() && !accumulate) {
     gradient.zero();
   }
 }
 
+// On a CUDA device, or on meta that stands for one.
+void attention_on_cuda(std::string_view op, const AttentionInputs& in, const Sizes& s,
+                       const Tensor& out, const Tensor& log_sum_exp,
+                       const AttentionOptions& options) {
+  expect_fits_cuda(op, s);
+  const Tensor bounds = bounds_of(op, in, s);
+  if (out.is_meta()) {
+    return;
+  }
+  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  call.out = heads(out);
+  REPRISE_CUDA_SIDE(op, cuda::attention(call, cuda_stream(out.device())));
+}
+
+void backward_on_cuda(std::string_view op, const AttentionInputs& in, const Sizes& s,
+                      const Tensor& out, const Tensor& log_sum_exp, const Tensor& dout,
+                      const AttentionGradients& gradients, const AttentionOptions& options) {
+  expect_fits_cuda(op, s);
+  const Tensor bounds = bounds_of(op, in, s);
+  const Tensor deltas =
+      Tensor::empty(log_sum_exp.shape(), DType::f32, out.device(), MemoryKind::workspace);
+  if (out.is_meta()) {
+    return;
+  }
+  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  call.out = heads(out);
+  set_gradients(call, dout, gradients);
+  REPRISE_CUDA_SIDE(
+      op, cuda::attention_backward(call, deltas.data<float>(), cuda_stream(out.device())));
+}
+
 }  // namespace
 
 void attention(const AttentionInputs& in, const Tensor& out, const Tensor& log_sum_exp,
                const AttentionOptions& options) {
-  const Sizes s = checked("attention", in, out, log_sum_exp, options);
+  constexpr std::string_view op = "attention";
+  const Sizes s = checked(op, in, out, log_sum_exp, options);
   if (out.numel() == 0) {
     return;
   }
@@ -179,18 +240,18 @@ void attention(const AttentionInputs& in, const Tensor& out, const Tensor& log_s
     }
     return;
   }
-  if (out.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("attention", cuda::attention(in, out, log_sum_exp, options));
+  if (side_of(out.device()) == DeviceKind::cuda) {
+    return attention_on_cuda(op, in, s, out, log_sum_exp, options);
   }
   const auto plan = plan_of(in, s, options, false);
   const std::int64_t slots =
       std::min<std::int64_t>(threads(), cpu::AttentionPlan::tasks(s.B, s.T, s.H));
-  const Tensor bounds = bounds_of(in, s);
+  const Tensor bounds = bounds_of(op, in, s);
   const Tensor workspace = workspace_of(plan, slots, out.device());
   if (out.is_meta()) {
     return;
   }
-  cpu::AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
   call.out = heads(out);
   plan.forward(call, workspace.raw(), slots);
 }
@@ -220,25 +281,19 @@ void attention_backward(const AttentionInputs& in, const Tensor& out, const Tens
     clear(g.dv, g.accumulate_v);
     return;
   }
-  if (device.kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(op, cuda::attention_backward(in, out, log_sum_exp, dout, g, options));
+  if (side_of(device) == DeviceKind::cuda) {
+    return backward_on_cuda(op, in, s, out, log_sum_exp, dout, g, options);
   }
   const auto plan = plan_of(in, s, options, true);
   const std::int64_t slots = std::min<std::int64_t>(threads(), s.B * s.K);
-  const Tensor bounds = bounds_of(in, s);
+  const Tensor bounds = bounds_of(op, in, s);
   const Tensor workspace = workspace_of(plan, slots, device);
   if (out.is_meta()) {
     return;
   }
-  cpu::AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
   call.out = heads(out);
-  call.dout = heads(dout);
-  call.dq = heads(g.dq);
-  call.dk = heads(g.dk);
-  call.dv = heads(g.dv);
-  call.accumulate_q = g.accumulate_q;
-  call.accumulate_k = g.accumulate_k;
-  call.accumulate_v = g.accumulate_v;
+  set_gradients(call, dout, g);
   plan.backward(call, workspace.raw(), slots);
 }
 
@@ -251,7 +306,7 @@ std::int64_t visible_pairs(const AttentionInputs& in, const AttentionOptions& op
   const bool readable = in.q.device().kind != DeviceKind::cuda;
   const std::int64_t* const mask =
       readable && in.mask.defined() ? in.mask.data<std::int64_t>() : nullptr;
-  cpu::Visibility visibility(s.T, s.S, options);
+  Visibility visibility(s.T, s.S, options);
   std::vector<std::int64_t> bounds;
   if (readable && in.documents.defined()) {
     bounds.resize(static_cast<std::size_t>(2 * s.B * s.T));
@@ -266,7 +321,7 @@ std::int64_t visible_pairs(const AttentionInputs& in, const AttentionOptions& op
       tokens[static_cast<std::size_t>(j + 1)] = tokens[static_cast<std::size_t>(j)] + token;
     }
     for (std::int64_t i = 0; i < s.T; ++i) {
-      const cpu::Range range = visibility.keys(b, i);
+      const Range range = visibility.keys(b, i);
       pairs += tokens[static_cast<std::size_t>(range.end)] -
                tokens[static_cast<std::size_t>(range.begin)];
     }

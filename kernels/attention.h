@@ -25,24 +25,20 @@
 // (core/philox.h): dropped where uniform(word) < dropout. Aliasing: outputs must not overlap inputs
 // or each other. Order of sums: fixed by the sizes and by what is visible, not by threads.
 // Workspace: a few tiles a thread, and dense copies of one head's k and v (backward: and f32 sums
-// of dk and dv). Errors: shapes, dtypes, devices, strides; a window without causal; documents that
-// decrease; dropout outside [0, 1). Source of the method: Dao, Fu, Ermon, Rudra, Re,
+// of dk and dv); on a CUDA device [B, 2, T] i64 with documents, and backward one f32 a query and
+// head. On a CUDA device D is at most 256 and documents are not looked at: where they decrease, the
+// result is none. Backward there computes the scores twice, for dq and for dk and dv, instead of
+// adding by atomics. Errors: shapes, dtypes, devices, strides; a window without causal; documents
+// that decrease; dropout outside [0, 1). Source of the method: Dao, Fu, Ermon, Rudra, Re,
 // "FlashAttention", arXiv:2205.14135, 2022.
 #pragma once
 
 #include <cstdint>
 
 #include "core/tensor.h"
+#include "kernels/attention_options.h"
 
 namespace reprise::kernels {
-
-struct AttentionOptions {
-  double scale = 1;
-  bool causal = false;
-  std::int64_t window = 0;
-  double dropout = 0;
-  std::uint64_t seed = 0, offset = 0;
-};
 
 // `mask` and `documents` may be undefined.
 struct AttentionInputs {

@@ -1,160 +1,85 @@
-// What attention.cc calls after the checks, and the arithmetic inside a tile.
+// The sides of attention.h: one checked call as bare pointers, and who sees whom. Free of Tensor,
+// so that a .cu sees no more than it needs. How the CPU side works is in attention_tasks.h.
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <vector>
 
 #include "core/dtype.h"
-#include "kernels/attention.h"
-#include "kernels/matmul_tile.h"
+#include "kernels/attention_options.h"
+#include "kernels/both_sides.h"
 
-namespace reprise::kernels::cpu {
+namespace reprise::kernels {
 
 struct Range {
   std::int64_t begin = 0, end = 0;
 };
 
-// Keys that a query sees, as a range, and queries that see a key; padding is apart.
+// Keys that a query sees, as a range, and queries that see a key; padding is apart. Neither end
+// decreases from a query to the next, nor from a key to the next, empty ranges included: what a run
+// of them sees lies between the beginning of the first and the end of the last.
 class Visibility {
  public:
   Visibility(std::int64_t T, std::int64_t S, const AttentionOptions& options)
-      : queries_(T), keys_(S), causal_(options.causal), window_(options.window) {}
+      : queries_(T), keys_(S), window_(options.window), causal_(options.causal) {}
   // Bounds of the document of each place, [B, 2, T]; null without documents.
   void set_documents(const std::int64_t* bounds) { bounds_ = bounds; }
 
-  Range keys(std::int64_t b, std::int64_t i) const;
-  Range queries(std::int64_t b, std::int64_t j) const;
+  REPRISE_BOTH_SIDES Range keys(std::int64_t b, std::int64_t i) const {
+    const std::int64_t at = i + keys_ - queries_;  // of the query among the keys
+    return within(b, i, window_ > 0 ? at - window_ + 1 : 0, causal_ ? at + 1 : keys_, keys_);
+  }
+  REPRISE_BOTH_SIDES Range queries(std::int64_t b, std::int64_t j) const {
+    const std::int64_t at = j + queries_ - keys_;  // the query at the key's position
+    return within(b, j, causal_ ? at : 0, window_ > 0 ? at + window_ : queries_, queries_);
+  }
 
  private:
-  std::int64_t queries_, keys_;
-  bool causal_;
-  std::int64_t window_;
+  REPRISE_BOTH_SIDES Range within(std::int64_t b, std::int64_t place, std::int64_t begin,
+                                  std::int64_t end, std::int64_t size) const {
+    std::int64_t lowest = 0, highest = size;
+    if (bounds_ != nullptr) {
+      const std::int64_t* const of = bounds_ + 2 * b * queries_;
+      lowest = of[place];
+      highest = of[queries_ + place];
+    }
+    begin = begin < lowest ? lowest : begin;
+    end = end < highest ? end : highest;
+    return {begin, end < begin ? begin : end};
+  }
+
+  std::int64_t queries_, keys_, window_;
   const std::int64_t* bounds_ = nullptr;
+  bool causal_;
 };
 
-// From documents [B, T]: bounds [B, 2, T].
-void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
-                     std::int64_t* bounds);
-
 // Where a tensor [B, T, H, D] lies.
-struct Heads {
+struct AttentionHeads {
   char* at = nullptr;
   std::int64_t batch = 0, token = 0, head = 0;  // strides in bytes
 };
 
 struct AttentionCall {
-  std::int64_t B, T, H, S, K, D;
+  std::int64_t B, T, H, S, K, D;  // at least 1 each
   DType dtype;
   AttentionOptions options;
   Visibility visibility;
-  Heads q{}, k{}, v{}, out{}, dout{}, dq{}, dk{}, dv{};  // at null: absent
+  AttentionHeads q{}, k{}, v{}, out{}, dout{}, dq{}, dk{}, dv{};  // at null: absent
   bool accumulate_q = false, accumulate_k = false, accumulate_v = false;
   float* log_sum_exp = nullptr;
   const std::int64_t* mask = nullptr;  // [B, S]
 };
 
-// Sizes of tiles, the products of tiles, the layout of a thread's scratch.
-class AttentionPlan {
- public:
-  AttentionPlan(std::int64_t T, std::int64_t S, std::int64_t D, DType dtype,
-                const AttentionOptions& options, bool whole, bool backward);
-  std::int64_t slot_bytes() const { return slot_bytes_; }
+// In order of the stream.
+namespace cuda {
+// The widest head, and the most queries or keys.
+inline constexpr std::int64_t kMaxAttentionHead = 256, kMaxAttentionTokens = std::int64_t{1} << 30;
 
-  void forward(const AttentionCall& call, void* workspace, std::int64_t slots) const;
-  void backward(const AttentionCall& call, void* workspace, std::int64_t slots) const;
-  static std::int64_t tasks(std::int64_t B, std::int64_t T, std::int64_t H);
+// From documents [B, T]: bounds [B, 2, T].
+void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
+                     std::int64_t* bounds, void* stream);
+void attention(const AttentionCall& call, void* stream);
+// `deltas` is workspace [B, H, T].
+void attention_backward(const AttentionCall& call, float* deltas, void* stream);
+}  // namespace cuda
 
-  // Queries and keys of a tile, and what its number of keys is a multiple of but at the end.
-  std::int64_t queries, keys, grain;
-
-  enum Kind { kScores, kOutputs, kScoresT, kKeySums, kQuerySums, kKinds };
-  const TileProduct& product(Kind kind, std::int64_t m, std::int64_t w, bool first) const;
-  // Key tiles for queries [first, last) of row b, in order.
-  std::vector<Range> tiles(const Visibility& visibility, std::int64_t b, std::int64_t first,
-                           std::int64_t last) const;
-
-  struct Scratch {  // offsets in a slot
-    std::int64_t q, k, v, dout, scores, products, probabilities, gradients, keep, bias, ranges,
-        rows, sums, dk, dv, library;
-  };
-  const Scratch& scratch() const { return scratch_; }
-  std::int64_t T, S, D;
-  DType dtype;
-
- private:
-  std::size_t index(Kind kind, std::int64_t m, std::int64_t w, bool first) const;
-  std::int64_t make_products(bool whole, bool backward);
-  void lay_out(bool dropout, bool backward, std::int64_t library_bytes);
-
-  std::vector<std::shared_ptr<const TileProduct>> products_;
-  Scratch scratch_{};
-  std::int64_t slot_bytes_ = 0;
-};
-
-// -- arithmetic inside a tile (attention_cpu.cc) --
-
-// Scores [rows, width] become probabilities, up to the factor exp(row_max - L): f32 in place, bf16
-// into `probabilities`. Columns outside begin[row] .. end[row] become 0. What was summed before is
-// scaled to the new maximum.
-struct SoftmaxTile {
-  float* scores;
-  void* probabilities;
-  DType dtype;
-  std::int64_t rows, width;
-  const std::int32_t *begin, *end;
-  const float* bias;  // [width]: 0 or -inf; null when no key is padding
-  const float* keep;  // [rows, width] dropout factors; null without
-  float scale;
-  float *row_max, *row_sum;
-  float* sums;  // [rows, D]
-  std::int64_t D;
-  bool first;
-};
-void softmax_tile(const SoftmaxTile& tile);
-
-// out = sums / row_sum, log_sum_exp = row_max + log(row_sum).
-struct OutputRows {
-  const float *sums, *row_max, *row_sum;
-  std::int64_t rows, D;
-  DType dtype;
-  char* out;
-  std::int64_t out_stride;  // bytes
-  float* log_sum_exp;
-};
-void finish_rows(const OutputRows& rows);
-
-// Transposed: rows are keys, columns are queries. From s and do . v to d p and scale e.
-struct GradientTile {
-  float *scores, *products;         // [rows, width]
-  void *probabilities, *gradients;  // bf16 results; f32 is in place
-  DType dtype;
-  std::int64_t rows, width;
-  const std::int32_t *begin, *end;   // visible columns of a row
-  const float* keep;                 // [rows, width]
-  const float *log_sum_exp, *delta;  // [width]
-  float scale;
-};
-void gradient_tile(const GradientTile& tile);
-
-// delta[i] = sum_d a[i, d] b[i, d]; strides in bytes.
-void row_dots(DType dtype, const char* a, std::int64_t a_stride, const char* b,
-              std::int64_t b_stride, std::int64_t rows, std::int64_t D, float* delta);
-
-// to = factor sums (+ to).
-void store_rows(const float* sums, std::int64_t rows, std::int64_t D, float factor, DType dtype,
-                char* to, std::int64_t to_stride, bool accumulate);
-
-// Dropout factors of queries x keys: [rows, columns] with either along the rows. `block` is that of
-// the tile's first query at key 0, blocks_a_row apart from the next query's; first_key % 4 == 0.
-struct KeepTile {
-  std::uint64_t seed, block;
-  std::int64_t blocks_a_row, first_key;
-  std::int64_t queries, keys;
-  double dropout;
-  bool keys_as_rows;
-  float* keep;
-};
-void keep_tile(const KeepTile& tile);
-
-}  // namespace reprise::kernels::cpu
+}  // namespace reprise::kernels

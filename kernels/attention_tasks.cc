@@ -1,10 +1,11 @@
+#include "kernels/attention_tasks.h"
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "core/error.h"
 #include "core/parallel.h"
-#include "kernels/attention_sides.h"
 #include "kernels/scratch.h"
 
 namespace reprise::kernels::cpu {
@@ -19,40 +20,6 @@ std::int64_t parts(std::int64_t size, std::int64_t of) {
 }
 
 }  // namespace
-
-Range Visibility::keys(std::int64_t b, std::int64_t i) const {
-  Range range{0, keys_};
-  const std::int64_t at = i + keys_ - queries_;
-  if (causal_) {
-    range.end = std::clamp<std::int64_t>(at + 1, 0, keys_);
-  }
-  if (window_ > 0) {
-    range.begin = std::max<std::int64_t>(0, at - window_ + 1);
-  }
-  if (bounds_ != nullptr) {
-    const std::int64_t* const of = bounds_ + 2 * b * queries_;
-    range.begin = std::max(range.begin, of[i]);
-    range.end = std::min(range.end, of[queries_ + i]);
-  }
-  return {range.begin, std::max(range.begin, range.end)};
-}
-
-Range Visibility::queries(std::int64_t b, std::int64_t j) const {
-  Range range{0, queries_};
-  const std::int64_t at = j + queries_ - keys_;  // the query at the key's position
-  if (causal_) {
-    range.begin = std::clamp<std::int64_t>(at, 0, queries_);
-  }
-  if (window_ > 0) {
-    range.end = std::clamp<std::int64_t>(at + window_, 0, queries_);
-  }
-  if (bounds_ != nullptr) {
-    const std::int64_t* const of = bounds_ + 2 * b * queries_;
-    range.begin = std::max(range.begin, of[j]);
-    range.end = std::min(range.end, of[queries_ + j]);
-  }
-  return {range.begin, std::max(range.begin, range.end)};
-}
 
 void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
                      std::int64_t* bounds) {
@@ -247,16 +214,16 @@ class Task {
   std::int64_t row_bytes() const {
     return plan_.D * static_cast<std::int64_t>(size_bytes(call_.dtype));
   }
-  char* place(const Heads& heads, std::int64_t head, std::int64_t token) const {
+  char* place(const AttentionHeads& heads, std::int64_t head, std::int64_t token) const {
     return heads.at + b_ * heads.batch + head * heads.head + token * heads.token;
   }
-  void copy_rows(const Heads& from, std::int64_t head, std::int64_t first, std::int64_t last,
-                 char* to) const {
+  void copy_rows(const AttentionHeads& from, std::int64_t head, std::int64_t first,
+                 std::int64_t last, char* to) const {
     for (std::int64_t i = first; i < last; ++i, to += row_bytes()) {
       std::memcpy(to, place(from, head, i), static_cast<std::size_t>(row_bytes()));
     }
   }
-  void store(std::int64_t sums, std::int64_t rows, const Heads& to, std::int64_t head,
+  void store(std::int64_t sums, std::int64_t rows, const AttentionHeads& to, std::int64_t head,
              std::int64_t first, bool accumulate) const {
     if (to.at != nullptr) {
       store_rows(at<float>(sums), rows, plan_.D, 1.0f, call_.dtype, place(to, head, first),

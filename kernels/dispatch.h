@@ -21,6 +21,11 @@
 
 namespace reprise::kernels {
 
+// The side that runs, or on meta the one that a dry run stands for: for workspaces that differ.
+inline DeviceKind side_of(Device device) {
+  return device.kind == DeviceKind::meta ? dry_run_kind() : device.kind;
+}
+
 [[noreturn]] inline void no_cuda_side(std::string_view operation) {
   fail(operation, "has no CUDA kernel in this build");
 }

@@ -4,13 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/both_sides.h"
 #include "kernels/matrix_sides.h"
-
-#if defined(__CUDACC__)
-#define REPRISE_BOTH_SIDES __host__ __device__
-#else
-#define REPRISE_BOTH_SIDES
-#endif
 
 namespace reprise::kernels {
 

@@ -551,6 +551,7 @@ TEST_P(OpCases, ADryRunHasTheSameShapesAndPeak) {
   const auto& [op, dtype, device] = GetParam();
   for (const bool checkpointed : {false, true}) {
     const Footprint real = footprint(op, dtype, device, checkpointed);
+    const DryRunFor stands_for(device.kind);
     const Footprint dry = footprint(op, dtype, meta, checkpointed);
     EXPECT_TRUE(real.layouts == dry.layouts);
     EXPECT_EQ(real.peak_bytes, dry.peak_bytes) << (checkpointed ? "checkpointed" : "plain");

@@ -11,6 +11,7 @@
 
 #include <gtest/gtest.h>
 
+#include "core/cuda_device.h"
 #include "core/parallel.h"
 #include "core/philox.h"
 
@@ -48,7 +49,7 @@ Tensor random(std::uint64_t seed, const Shape& shape, DType dtype) {
 }
 
 std::vector<double> doubles(const Tensor& x) {
-  const Tensor dense = x.contiguous();
+  const Tensor dense = (x.device().kind == DeviceKind::cuda ? x.to(reprise::cpu) : x).contiguous();
   std::vector<double> values(static_cast<std::size_t>(dense.numel()));
   for (std::int64_t i = 0; i < dense.numel(); ++i) {
     values[static_cast<std::size_t>(i)] =
@@ -57,24 +58,24 @@ std::vector<double> doubles(const Tensor& x) {
   return values;
 }
 
-AttentionInputs inputs_of(const Problem& problem, DType dtype) {
+AttentionInputs inputs_of(const Problem& problem, DType dtype, Device device = reprise::cpu) {
   const auto [B, T, H, S, K, D] = problem.size;
   AttentionInputs in;
   if (problem.fused) {  // [B, T, H + 2 K heads of D]
-    const Tensor qkv = random(1, Shape{B, T, H + 2 * K, D}, dtype);
+    const Tensor qkv = random(1, Shape{B, T, H + 2 * K, D}, dtype).to(device);
     in.q = qkv.slice(2, 0, H);
     in.k = qkv.slice(2, H, H + K);
     in.v = qkv.slice(2, H + K, H + 2 * K);
   } else {
-    in.q = random(1, Shape{B, T, H, D}, dtype);
-    in.k = random(2, Shape{B, S, K, D}, dtype);
-    in.v = random(3, Shape{B, S, K, D}, dtype);
+    in.q = random(1, Shape{B, T, H, D}, dtype).to(device);
+    in.k = random(2, Shape{B, S, K, D}, dtype).to(device);
+    in.v = random(3, Shape{B, S, K, D}, dtype).to(device);
   }
   if (!problem.mask.empty()) {
-    in.mask = Tensor::from(problem.mask, Shape{B, S});
+    in.mask = Tensor::from(problem.mask, Shape{B, S}, device);
   }
   if (!problem.documents.empty()) {
-    in.documents = Tensor::from(problem.documents, Shape{B, T});
+    in.documents = Tensor::from(problem.documents, Shape{B, T}, device);
   }
   return in;
 }
@@ -181,9 +182,11 @@ Outcome run(const Problem& p, const AttentionInputs& in, const Tensor& dout,
             bool accumulate = false) {
   const auto [B, T, H, S, K, D] = p.size;
   const DType dtype = in.q.dtype();
-  Outcome r{Tensor::empty(Shape{B, T, H, D}, dtype), Tensor::empty(Shape{B, H, T}, DType::f32),
-            Tensor::full(Shape{B, T, H, D}, dtype, 3), Tensor::full(Shape{B, S, K, D}, dtype, 3),
-            Tensor::full(Shape{B, S, K, D}, dtype, 3)};
+  const Device device = in.q.device();
+  const Shape of_q{B, T, H, D}, of_k{B, S, K, D};
+  Outcome r{Tensor::empty(of_q, dtype, device), Tensor::empty(Shape{B, H, T}, DType::f32, device),
+            Tensor::full(of_q, dtype, 3, device), Tensor::full(of_k, dtype, 3, device),
+            Tensor::full(of_k, dtype, 3, device)};
   attention(in, r.out, r.log_sum_exp, p.options);
   attention_backward(in, r.out, r.log_sum_exp, dout,
                      {r.dq, r.dk, r.dv, accumulate, accumulate, accumulate}, p.options);
@@ -259,16 +262,42 @@ std::vector<Problem> problems() {
   dropped.options.causal = false;
   dropped.options.offset = 0xfffffff0u;  // the counter carries into its upper half
   all.push_back(dropped);
+  dropped.name = "dropout, wide heads, a window, groups";
+  dropped.size = {1, 40, 2, 75, 1, 132};
+  dropped.options = {.scale = 0.1, .causal = true, .window = 50, .dropout = 0.2, .seed = 8};
+  all.push_back(dropped);
+  all.push_back({"heads of 100", {1, 70, 2, 66, 2, 100}, {.scale = 0.1}});
   return all;
 }
 
-TEST(Attention, AgreesWithTheFormula) {
+// Also compiled for the SIMT shim, which takes the small ones and runs the tests named _cuda.
+class AttentionOn : public ::testing::TestWithParam<Device> {
+ protected:
+  static bool takes(const Problem& p) {
+    return GetParam() == reprise::cpu || p.size.T * p.size.S < 40000;
+  }
+};
+std::vector<Device> devices() {
+  std::vector<Device> all{reprise::cpu};
+  if (cuda_device_count() > 0) {
+    all.push_back({DeviceKind::cuda, 0});
+  }
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(All, AttentionOn, ::testing::ValuesIn(devices()), [](const auto& at) {
+  return std::string(at.param == reprise::cpu ? "on_cpu" : "on_cuda");
+});
+
+TEST_P(AttentionOn, AgreesWithTheFormula) {
   for (const Problem& p : problems()) {
+    if (!takes(p)) {
+      continue;
+    }
     for (const DType dtype : {DType::f32, DType::bf16}) {
       const double allowed = dtype == DType::f32 ? 1e-5 : 2e-2;
-      const AttentionInputs in = inputs_of(p, dtype);
-      const Tensor dout = random(4, in.q.shape(), dtype);
-      const Oracle want = oracle(p, in, dout);
+      const AttentionInputs in = inputs_of(p, dtype, GetParam());
+      const Tensor dout = random(4, in.q.shape(), dtype).to(GetParam());
+      const Oracle want = oracle(p, inputs_of(p, dtype), dout);
       const Outcome got = run(p, in, dout);
       const std::string where = p.name + " " + std::string(name(dtype));
       EXPECT_LT(difference(got.out, want.out), allowed) << where;

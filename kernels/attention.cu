@@ -1,0 +1,85 @@
+// Chooses the kernels that run, which are the tiled ones of attention_forward.cu and
+// attention_backward.cu for every call, and has the small ones beside them.
+#include "kernels/attention_tile.cuh"
+
+namespace reprise::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned blocks_of(std::int64_t count) {
+  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
+}
+
+// How many of the row's places are below `document`, or at most it. Whatever the numbers, it is
+// within the row.
+__device__ __forceinline__ std::int64_t places_before(const std::int64_t* row, std::int64_t T,
+                                                      std::int64_t document, bool or_equal) {
+  std::int64_t low = 0, high = T;
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (row[middle] < document || (or_equal && row[middle] == document)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    bounds_kernel(const std::int64_t* documents, std::int64_t count, std::int64_t T,
+                  std::int64_t* bounds) {
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < count) {
+    const std::int64_t b = at / T, i = at - b * T;
+    const std::int64_t* const row = documents + b * T;
+    std::int64_t* const to = bounds + 2 * b * T;
+    to[i] = places_before(row, T, row[i], false);
+    to[T + i] = places_before(row, T, row[i], true);
+  }
+}
+
+// do . o of each query and head: a warp each.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    deltas_kernel(const __grid_constant__ AttentionCall call, float* deltas) {
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row < call.B * call.H * call.T) {  // the same for a warp
+    const std::int64_t head = row / call.T, i = row - head * call.T;
+    const std::int64_t b = head / call.H, h = head - b * call.H;
+    const T* const x = head_rows<T>(call.dout, b, h).row(i);
+    const T* const y = head_rows<T>(call.out, b, h).row(i);
+    float sum = 0.0f;
+    for (std::int64_t d = threadIdx.x % 32; d < call.D; d += 32) {
+      sum += to_float(x[d]) * to_float(y[d]);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) {
+      deltas[row] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
+                     std::int64_t* bounds, void* stream) {
+  launch("attention_document_bounds", bounds_kernel, {dim3(blocks_of(B * T)), dim3(kThreads)},
+         static_cast<cudaStream_t>(stream), documents, B * T, T, bounds);
+}
+
+void attention(const AttentionCall& call, void* stream) {
+  tiled_attention(call, static_cast<cudaStream_t>(stream));
+}
+
+void attention_backward(const AttentionCall& call, float* deltas, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  launch("attention_deltas",
+         call.dtype == DType::f32 ? deltas_kernel<float> : deltas_kernel<__nv_bfloat16>,
+         {dim3(blocks_of(call.B * call.H * call.T * 32)), dim3(kThreads)}, on, call, deltas);
+  tiled_attention_backward(call, deltas, on);
+}
+
+}  // namespace reprise::kernels::cuda
