@@ -553,7 +553,12 @@ TEST_P(OpCases, ADryRunHasTheSameShapesAndPeak) {
     const Footprint real = footprint(op, dtype, device, checkpointed);
     const Footprint dry = footprint(op, dtype, meta, checkpointed);
     EXPECT_TRUE(real.layouts == dry.layouts);
-    EXPECT_EQ(real.peak_bytes, dry.peak_bytes) << (checkpointed ? "checkpointed" : "plain");
+    const char* const what = checkpointed ? "checkpointed" : "plain";
+    if (device == cpu || !op.less_workspace_on_cuda) {
+      EXPECT_EQ(real.peak_bytes, dry.peak_bytes) << what;
+    } else {
+      EXPECT_LE(real.peak_bytes, dry.peak_bytes) << what;
+    }
   }
 }
 
