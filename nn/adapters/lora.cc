@@ -74,23 +74,23 @@ Variable Lora::operator()(Variable y, Variable x) const {
   return add_low_rank(std::move(y), std::move(u), b);  // [.., out]
 }
 
-Variable Lora::decomposed(Variable x, const std::function<Variable(Variable)>& product,
+Variable Lora::decomposed(Variable x, const Product& whole, const Product& product,
                           const Parameter& weight, const Parameter& bias, bool in_out) const {
   const DType dtype = x.dtype(), work = a.dtype();
   const bool dropped = generator() != nullptr && shape_.dropout > 0;
   // As PEFT has it: what was learned sees the dropped input, the frozen layer the whole one, so
   //   y = W x + b + (m/n (W x~ + s B A x~) - W x~).
-  Variable whole = dropped ? product(x) : Variable();  // [.., out]
+  Variable own = dropped ? whole(x) : Variable();  // [.., out]
   if (dropped) {
     x = reprise::dropout(std::move(x), shape_.dropout, *generator());
   }
-  Variable z = cast(product(x), work);  // [.., out]
+  Variable z = cast(dropped ? product(x) : whole(x), work);  // [.., out]
   Variable less = dropped ? reprise::scale(z, -1.0) : Variable();
   Variable u = low_rank(std::move(x), a, {.scale = scale()});  // [.., R]
   Variable y = decompose(add_low_rank(std::move(z), std::move(u), b), weight, in_out);
   if (dropped) {
     y = reprise::add(std::move(y), std::move(less));
-    y = reprise::add(std::move(y), cast(std::move(whole), work));
+    y = reprise::add(std::move(y), cast(std::move(own), work));
   }
   if (bias.defined()) {
     y = add_bias(std::move(y), cast(bias, work));

@@ -49,8 +49,11 @@ class Lora : public LoraBase {
   void initialize(LoraInit init, Generator& generator) override;
   // y + s B(A(dropout(x))) for the layer's own y [.., out] of x [.., in].
   Variable operator()(Variable y, Variable x) const;
-  // The layer's output where it is weight-decomposed: `product` is W x without the bias.
-  Variable decomposed(Variable x, const std::function<Variable(Variable)>& product,
+  // The layer's output where it is weight-decomposed: `whole` is its own without the bias, W x and
+  // what else it adds; `product` is W x. As PEFT has it, what else a layer adds is scaled with W x,
+  // but not where dropout is on: then only W and the adapter see the dropped input.
+  using Product = std::function<Variable(Variable)>;
+  Variable decomposed(Variable x, const Product& whole, const Product& product,
                       const Parameter& weight, const Parameter& bias, bool in_out) const;
 };
 
