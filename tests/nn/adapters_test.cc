@@ -9,6 +9,7 @@
 #include "autograd/reduce.h"
 #include "autograd/tape.h"
 #include "nn/embedding.h"
+#include "nn/initialize.h"
 #include "nn/linear.h"
 #include "nn/lora.h"
 #include "nn/models/clip.h"
@@ -395,6 +396,71 @@ TEST(Adapters, MergeAndUnmerge) {
   }
   const auto model = load("qwen2");
   EXPECT_EQ(mistake([&] { merge_adapter(*model); }), "[lora] the model has no active adapter");
+}
+
+TEST(Adapters, ABiasOfBIsAddedScaledTrainedAndMerged) {
+  const auto model = load("qwen2");
+  const Batch batch = batch_of("qwen2");
+  const auto base = logits(*model, batch);
+  LoraConfig config{.rank = 2, .alpha = 6, .b_bias = true, .targets = {{"q_proj", "v_proj"}, ""}};
+  Generator generator{9, 0};
+  add_lora(*model, config, generator);
+  EXPECT_EQ(logits(*model, batch), base);
+  Linear& layer = dynamic_cast<Linear&>(*model->find_module("model.layers.1.self_attn.q_proj"));
+  for (Parameter* p : model->trainable_parameters()) {
+    if (p->name().ends_with("lora_B.bias")) {
+      fill_normal(p->write(), 1, generator);
+    }
+  }
+  // B is zero still: what is added is 6 / 2 of its bias.
+  const Tensor x = Tensor::full({1, layer.in()}, DType::f32, 0.25);
+  const auto y = no_grad([&] { return layer(x); }).tensor().to_vector<float>();
+  const auto bias = layer.lora()->b_bias.value().to_vector<float>();
+  deactivate_adapters(*model);
+  const auto own = no_grad([&] { return layer(x); }).tensor().to_vector<float>();
+  activate_adapter(*model, "default");
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    EXPECT_NEAR(y[i], own[i] + 3 * bias[i], 1e-5);
+  }
+  fill_normal(layer.lora()->b.write(), 1, generator);
+  backward_of(*model, batch);
+  for (const Parameter* p : model->trainable_parameters()) {
+    const bool reached = p->name().find("lora_A") == std::string::npos || p == &layer.lora()->a;
+    EXPECT_EQ(p->gradient().to_vector<float>() !=
+                  std::vector<float>(static_cast<std::size_t>(p->value().numel())),
+              reached)
+        << p->name();
+  }
+  const auto adapted = logits(*model, batch);
+  const Folder out;
+  ASSERT_TRUE(save_adapter(*model, out.at("adapter")).ok());
+  EXPECT_THAT(testing::contents(out.at("adapter/adapter_config.json")),
+              HasSubstr("\"lora_bias\": true"));
+  ASSERT_TRUE(export_merged(*model, out.at("merged")).ok());
+  EXPECT_LT(relative(logits(**load_model(out.at("merged")), batch), adapted), 1e-5);
+  const auto again = load("qwen2");
+  ASSERT_TRUE(load_adapter(*again, out.at("adapter")).ok());
+  EXPECT_EQ(logits(*again, batch), adapted);
+  merge_adapter(*again);
+  EXPECT_LT(relative(logits(*again, batch), adapted), 1e-5);
+  unmerge_adapter(*again);
+  EXPECT_LT(relative(logits(*again, batch), adapted), 1e-5);
+}
+
+TEST(Adapters, ABiasOfBHasItsPlaces) {
+  const auto model = load("qwen2");
+  Generator generator;
+  LoraConfig config{.b_bias = true, .targets = {{"o_proj"}, ""}};
+  add_lora(*model, config, generator);
+  EXPECT_EQ(mistake([&] { merge_adapter(*model); }),
+            "[lora] the adapter on model.layers.0.self_attn.o_proj cannot be merged: it has a bias "
+            "and the layer has none");
+  config.targets.names = {"embed_tokens"};
+  EXPECT_EQ(mistake([&] { add_lora(*model, config, generator, "other"); }),
+            "[lora] lora_bias is for linear layers: model.embed_tokens is an embedding");
+  config.weight_decomposed = true;
+  EXPECT_EQ(mistake([&] { add_lora(*model, config, generator, "other"); }),
+            "[lora] lora_bias cannot be on together with use_dora");
 }
 
 TEST(Adapters, ATableThatIsTheHeadTooCannotBeMerged) {

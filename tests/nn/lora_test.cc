@@ -345,8 +345,9 @@ TEST(Lora, AdapterFilesThatAreWrong) {
   EXPECT_EQ(with("peft_type", "IA3"),
             "adapter_config.json: peft_type must be \"LORA\", got \"IA3\"");
   EXPECT_EQ(with("peft_type", nullptr), "adapter_config.json: peft_type is missing");
-  EXPECT_EQ(with("lora_bias", true),
-            "adapter_config.json: lora_bias is not supported: it must be false or null");
+  EXPECT_EQ(with("use_qalora", true),
+            "adapter_config.json: use_qalora is not supported: it must be false or null");
+  EXPECT_THAT(with("lora_bias", true), HasSubstr("q_proj.lora_B.bias"));
   EXPECT_THAT(with("use_dora", true), HasSubstr("q_proj.lora_magnitude_vector"));
   EXPECT_EQ(with("r", 0), "adapter_config.json: r must be at least 1, got 0");
   EXPECT_EQ(with("init_lora_weights", "pissa"),
