@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(kThreads)
   } else if (threadIdx.x == 0) {
     losses[row] = 0.0f;
   }
-  for (std::int64_t column = threadIdx.x * kRun; column < x.vocabulary;
-       column += kThreads * kRun) {
+  for (std::int64_t column = threadIdx.x * kRun; column < x.vocabulary; column += kThreads * kRun) {
     const int count = x.vocabulary - column < kRun ? static_cast<int>(x.vocabulary - column) : kRun;
     Run run = {};
     if (counts) {

@@ -4,9 +4,6 @@
 // C^T = op(B)^T op(A)^T. The algorithm is the library's first choice for the sizes and alignments,
 // kept for as long as the process lives: the same product is always computed in the same way, also
 // when a segment is replayed. Split sums go through the workspace, in order.
-#include <cublasLt.h>
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -14,6 +11,9 @@
 #include <mutex>
 #include <type_traits>
 #include <unordered_map>
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
 
 #include "core/cuda_device.h"
 #include "core/error.h"
@@ -53,7 +53,8 @@ void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t name, 
 template <class T>
 void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t name,
          const T& value) {
-  check("preference", cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof(value)));
+  check("preference",
+        cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof(value)));
 }
 
 cudaDataType_t type(DType dtype) {
@@ -63,8 +64,9 @@ cudaDataType_t type(DType dtype) {
 Owned<cublasLtMatrixLayout_t> layout(DType dtype, std::int64_t columns, std::int64_t rows,
                                      std::int64_t stride) {
   cublasLtMatrixLayout_t made = nullptr;
-  check("layout", cublasLtMatrixLayoutCreate(&made, type(dtype), static_cast<std::uint64_t>(columns),
-                                             static_cast<std::uint64_t>(rows), stride));
+  check("layout",
+        cublasLtMatrixLayoutCreate(&made, type(dtype), static_cast<std::uint64_t>(columns),
+                                   static_cast<std::uint64_t>(rows), stride));
   return Owned<cublasLtMatrixLayout_t>(made);
 }
 
@@ -138,8 +140,7 @@ void choose(cublasLtHandle_t library, const Key& key, Plan& plan) {
   cublasLtMatmulPreference_t made = nullptr;
   check("preference", cublasLtMatmulPreferenceCreate(&made));
   const Owned<cublasLtMatmulPreference_t> preference(made);
-  set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-      static_cast<std::uint64_t>(kWorkspaceBytes));
+  set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(kWorkspaceBytes));
   set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
       std::uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.aligned[1]));
@@ -159,8 +160,8 @@ void choose(cublasLtHandle_t library, const Key& key, Plan& plan) {
   plan.algorithm = found.algo;
 }
 
-// A library handle for each device, and the products seen so far. Never destroyed: the driver may be
-// gone before static objects are.
+// A library handle for each device, and the products seen so far. Never destroyed: the driver may
+// be gone before static objects are.
 class Library {
  public:
   cublasLtHandle_t handle(int device) {

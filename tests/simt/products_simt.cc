@@ -16,9 +16,9 @@ std::int64_t matmul_workspace_bytes() {
 void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
             void* workspace, void*) {
   ensure(s.m > 0 && s.n > 0 && s.k > 0, "the product has elements");
-  ensure(s.lda >= (s.transpose_a ? s.m : s.k) && s.ldb >= (s.transpose_b ? s.k : s.n) &&
-             s.ldc >= s.n,
-         "rows do not overlap");
+  ensure(
+      s.lda >= (s.transpose_a ? s.m : s.k) && s.ldb >= (s.transpose_b ? s.k : s.n) && s.ldc >= s.n,
+      "rows do not overlap");
   ensure(s.inputs == s.output || (s.inputs == DType::bf16 && s.output == DType::f32),
          "the library has this pair of dtypes");
   ensure(s.bias.has_value() == (bias != nullptr) && (!s.bias || *s.bias == s.output),
