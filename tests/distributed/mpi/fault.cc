@@ -309,14 +309,15 @@ TEST(Supervise, StartsRanks) {
   EXPECT_TRUE(ended.left.empty());
 }
 
+// Before there is a watchdog: later the first to end gives the code, the culprit or a witness.
 TEST(Supervise, HandsOnTheExitCode) {
-  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "exit3@forward", "1"});
+  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "exit3@start", "1"});
   EXPECT_EQ(ended.code, 3) << ended.text;
   EXPECT_TRUE(ended.left.empty());
 }
 
 TEST(Supervise, SaysThatARankWasKilledAndNoMore) {
-  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "kill@forward", "1"});
+  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "kill@start", "1"});
   EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
   EXPECT_EQ(count(ended.text, "reprise: a rank was ended by signal 9 (Killed)\n"), 1) << ended.text;
   EXPECT_EQ(count(ended.text, "------"), 0) << ended.text;
