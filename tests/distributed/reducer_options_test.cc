@@ -608,18 +608,5 @@ TEST(ReducerInvariants, AGradientThatCannotBeAddedToIsNamed) {
   });
 }
 
-TEST(ReducerFacts, WhatTheCallerSaysMustBeEqual) {
-  const std::string error = error_of([] {
-    run_ranks(3, [](Communicator& ranks) {
-      Job job;
-      Reducer(ranks, job.model.parameters,
-              {.facts = {{"seed", "7"}, {"config", ranks.rank() == 2 ? "{a}" : "{b}"}}});
-    });
-  });
-  EXPECT_EQ(error,
-            "[reducer] ranks disagree at making the reducer: config: rank 2 has {a}, the other 2 "
-            "have {b}");
-}
-
 }  // namespace
 }  // namespace reprise::distributed

@@ -217,7 +217,7 @@ Rows behaviour() {
       {"2.4", "a module frozen in the middle of a run", "", "not tested",
        {b + "WhatIsTrainableMayChange"}},
       {"2.4", "param_layout_mismatch_error", "what differs between ranks is named", "X",
-       {"Faults.AnotherShape", "ReducerFacts.WhatTheCallerSaysMustBeEqual"}},
+       {"Faults.AnotherShape", "Faults.AnotherParameterList"}},
       {"2.4", "grad_layout_*, channels_last_contig", "strides of gradients", "P", {}, kChannels},
       {"2.4", "fp16", "half precision", "P", {"SegmentsOnRanks.HalfPrecision"}},
       {"2.4", "complex_params", "complex parameters", "P", {}, kComplex},
