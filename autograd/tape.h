@@ -125,8 +125,8 @@ struct Plan {
   std::function<std::vector<Contribution>()> contributions;
 };
 
-// The terms of one parameter for a message: "2 contributions: mul (record 7, segment block.3), ...";
-// the first 8.
+// The terms of one parameter for a message: "2 contributions: mul (record 7, segment block.3),
+// ..."; the first 8.
 std::string contributors(std::span<const Contribution> all, const Parameter& parameter);
 
 struct BackwardOptions {

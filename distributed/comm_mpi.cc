@@ -452,10 +452,9 @@ class MpiCommunicator final : public Communicator {
     if (!started.done()) {
       closed_ = true;
       queue_.finish(std::chrono::milliseconds(0));
-      return absl::DeadlineExceededError(
-          fmt::format("[communicator] MPI did not start within {:.1f} s: {}",
-                      std::chrono::duration<double>(options_.start_limit).count(),
-                      stopped_siblings()));
+      return absl::DeadlineExceededError(fmt::format(
+          "[communicator] MPI did not start within {:.1f} s: {}",
+          std::chrono::duration<double>(options_.start_limit).count(), stopped_siblings()));
     }
     try {
       started.wait();

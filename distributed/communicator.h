@@ -140,7 +140,8 @@ double all_reduce_value(Communicator& communicator, double value, Reduce reduce,
 std::string library_version();
 
 struct ConnectOptions {
-  int expected_size = 0, expected_rank = -1;  // as the launcher's environment says; 0, -1: not known
+  int expected_size = 0,
+      expected_rank = -1;  // as the launcher's environment says; 0, -1: not known
   // A rank that makes no progress for so long, and does not wait for others, ends the job; so does
   // a collective that all ranks have joined. Work that does not count (core/progress.h) must be
   // shorter.

@@ -52,8 +52,8 @@ std::string addresses() {
         continue;
       }
       char number[NI_MAXHOST] = {};
-      const auto length = static_cast<socklen_t>(family == AF_INET ? sizeof(sockaddr_in)
-                                                                   : sizeof(sockaddr_in6));
+      const auto length =
+          static_cast<socklen_t>(family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6));
       if (getnameinfo(at->ifa_addr, length, number, sizeof number, nullptr, 0, NI_NUMERICHOST) !=
               0 ||
           std::strchr(number, '%') != nullptr) {  // of one link only
@@ -125,7 +125,8 @@ int dial(const std::string& address, std::uint32_t port, Clock::time_point deadl
 bool read_message(int socket, Message& message, Clock::time_point deadline) {
   std::size_t got = 0;
   while (got < sizeof message) {
-    const ssize_t n = recv(socket, reinterpret_cast<char*>(&message) + got, sizeof message - got, 0);
+    const ssize_t n =
+        recv(socket, reinterpret_cast<char*>(&message) + got, sizeof message - got, 0);
     if (n > 0) {
       got += static_cast<std::size_t>(n);
     } else if (n == 0 || (errno != EAGAIN && errno != EINTR) ||
@@ -265,8 +266,7 @@ absl::Status ControlPlane::accept_all(std::span<const Card> cards, Clock::time_p
     }
     Message hello;
     const bool known =
-        read_message(socket, hello,
-                     std::min(deadline, Clock::now() + std::chrono::seconds(2))) &&
+        read_message(socket, hello, std::min(deadline, Clock::now() + std::chrono::seconds(2))) &&
         hello.kind == Message::Kind::hello && hello.token == card_.token &&
         hello.state.rank > rank_ && hello.state.rank < size_ &&
         !came[static_cast<std::size_t>(hello.state.rank)];

@@ -48,9 +48,8 @@ std::string explain(std::span<const Header> headers) {
   };
   auto number = [](auto x) { return std::to_string(x); };
   compare("purpose", [](const Header& h) { return "\"" + std::string(h.what) + "\""; });
-  compare("operation", [](const Header& h) {
-    return std::string(name(static_cast<Collective::Kind>(h.kind)));
-  });
+  compare("operation",
+          [](const Header& h) { return std::string(name(static_cast<Collective::Kind>(h.kind))); });
   compare("bucket", [&](const Header& h) { return number(h.bucket); });
   compare("dtype",
           [](const Header& h) { return std::string(reprise::name(static_cast<DType>(h.dtype))); });

@@ -95,7 +95,9 @@ std::optional<Verdict> Judge::verdict(Clock::time_point now) const {
   }
   for (const Rank& r : ranks_) {
     if (r.failed && r.failure == Failure::own) {
-      return Verdict{{r.state.rank}, fmt::format("{} failed in {}: {}", named(r.state.rank), doing(r.state), r.why)};
+      return Verdict{
+          {r.state.rank},
+          fmt::format("{} failed in {}: {}", named(r.state.rank), doing(r.state), r.why)};
     }
   }
   for (const auto rule : {&Judge::dead, &Judge::silent}) {
@@ -207,15 +209,15 @@ std::optional<Verdict> Judge::locked(Clock::time_point now) const {
     }
   }
   if (last->state.phase == Phase::ending && last->state.completed == last->state.joined) {
-    v.text = fmt::format("the end of the job does not complete within {:.1f} s",
-                         seconds(limits_.limit));
+    v.text =
+        fmt::format("the end of the job does not complete within {:.1f} s", seconds(limits_.limit));
   } else if (v.culprits.empty()) {
     v.text = fmt::format("{} does not complete within {:.1f} s, though every rank has joined it",
                          collective(last->state), seconds(limits_.limit));
   } else {
-    v.text = fmt::format("every rank waits since {:.1f} s, {} in {}, others in collective {}",
-                         seconds(limits_.limit), named(last->state.rank), collective(last->state),
-                         most);
+    v.text =
+        fmt::format("every rank waits since {:.1f} s, {} in {}, others in collective {}",
+                    seconds(limits_.limit), named(last->state.rank), collective(last->state), most);
   }
   return v;
 }
@@ -237,10 +239,10 @@ std::vector<std::string> Judge::warnings(Clock::time_point now) {
   for (const Rank& r : ranks_) {
     if (live(r) && r.state.joined < waiting->state.joined && now - r.progressed_at < patience &&
         now - r.heard_at < patience) {
-      result.push_back(fmt::format(
-          "{} is slow: rank {} waits {:.1f} s for it in {}; it is in {}", named(r.state.rank),
-          waiting->state.rank, seconds(now - std::max(waiting->joined_at, waiting->waiting_at)),
-          collective(waiting->state), doing(r.state)));
+      result.push_back(fmt::format("{} is slow: rank {} waits {:.1f} s for it in {}; it is in {}",
+                                   named(r.state.rank), waiting->state.rank,
+                                   seconds(now - std::max(waiting->joined_at, waiting->waiting_at)),
+                                   collective(waiting->state), doing(r.state)));
     }
   }
   if (!result.empty()) {
@@ -250,8 +252,7 @@ std::vector<std::string> Judge::warnings(Clock::time_point now) {
 }
 
 bool Judge::all_left_but(int rank) const {
-  return std::ranges::all_of(ranks_,
-                             [&](const Rank& r) { return r.left || r.state.rank == rank; });
+  return std::ranges::all_of(ranks_, [&](const Rank& r) { return r.left || r.state.rank == rank; });
 }
 
 std::string Judge::table(Clock::time_point now, const std::vector<int>& culprits) const {
@@ -273,7 +274,8 @@ std::string Judge::table(Clock::time_point now, const std::vector<int>& culprits
       text += fmt::format(", {} in {}", s.waiting != 0 ? "waits" : "computes", collective(s));
     }
     text += fmt::format("; {} of {} collectives complete; ", s.completed, s.launched);
-    text += r.gone || r.left ? "gone\n" : fmt::format("heard {:.1f} s ago\n", seconds(now - r.heard_at));
+    text += r.gone || r.left ? "gone\n"
+                             : fmt::format("heard {:.1f} s ago\n", seconds(now - r.heard_at));
   }
   if (shown < static_cast<int>(ranks_.size())) {
     text += fmt::format("  and {} ranks more\n", ranks_.size() - static_cast<std::size_t>(shown));

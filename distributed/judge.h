@@ -26,7 +26,7 @@ struct RankState {
   std::int64_t bytes = 0;  // of the collective taken up last
   Phase phase = Phase::starting;
   std::uint8_t waiting = 0;  // not 0: the computing thread waits for other ranks
-  char what[94] = {};    // "all_reduce of 12 f32 (gradients, bucket 3)"
+  char what[94] = {};        // "all_reduce of 12 f32 (gradients, bucket 3)"
 };
 
 enum class Failure : std::uint8_t {

@@ -79,8 +79,8 @@ std::string stopped_siblings() {
         parent != getppid() || state != 'T') {
       continue;
     }
-    text += fmt::format("{}rank {} (pid {}) is stopped", text.empty() ? "" : ", ", rank_of(pid),
-                        pid);
+    text +=
+        fmt::format("{}rank {} (pid {}) is stopped", text.empty() ? "" : ", ", rank_of(pid), pid);
   }
   return text.empty() ? "no rank of this machine is stopped; one has not come so far" : text;
 }

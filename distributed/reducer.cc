@@ -323,8 +323,8 @@ void Reducer::launch_ready() {
 void Reducer::launch(std::size_t b) {
   BucketState& bucket = bucket_states_[b];
   ++bucket.launches;
-  ensure(bucket.launches == 1, "reducer: bucket {} was launched {} times in step {}, expected 1",
-         b, bucket.launches, step_);
+  ensure(bucket.launches == 1, "reducer: bucket {} was launched {} times in step {}, expected 1", b,
+         bucket.launches, step_);
   log(ReducerEvent::Kind::launch, b);
   if (options_.shards > 0) {
     launch_shards(b);

@@ -11,8 +11,8 @@
 // Gradients live in buckets, laid out in the order in which the first sweep makes them ready. A
 // bucket is launched when its last parameter is ready, in the order of the buckets, in every sweep
 // including the first. It makes no difference how often a parameter is used, or whether segments
-// are replayed: ready means that the tape has counted to zero. Nothing is copied, but for a gradient
-// that is there and that the losses of this rank do not reach.
+// are replayed: ready means that the tape has counted to zero. Nothing is copied, but for a
+// gradient that is there and that the losses of this rank do not reach.
 //
 // Ranks may take different branches: a layout holds every trainable parameter, so any agreed one
 // fits any plan. When the lowest live rank's plan has been another than the layout's twice in a row
@@ -33,9 +33,9 @@
 //   }
 //
 // Shards: with `shards` = V the global batch is V fixed shards, rank r of N has shards [rV/N,
-// (r+1)V/N), each its own micro-batch, and gradients are added in one binary tree over shard numbers
-// (distributed/shard_sums.h): every N that divides V gives the same bits. It takes more memory:
-// shard_bytes().
+// (r+1)V/N), each its own micro-batch, and gradients are added in one binary tree over shard
+// numbers (distributed/shard_sums.h): every N that divides V gives the same bits. It takes more
+// memory: shard_bytes().
 //
 // Errors: ranks that differ in parameters, dtypes, settings or steps throw CommunicatorError
 // on all ranks before any gradient is sent; it names the first difference. A parameter that is not
@@ -118,9 +118,9 @@ class Reducer {
   // have run out.
   bool join();
 
-  // From now on `update` is called with the parameters of each bucket, during backward(), once their
-  // gradients are final and no record that may still run or be replayed reads their values: an
-  // optimizer's update that needs no other gradients gives the same bits as after backward().
+  // From now on `update` is called with the parameters of each bucket, during backward(), once
+  // their gradients are final and no record that may still run or be replayed reads their values:
+  // an optimizer's update that needs no other gradients gives the same bits as after backward().
   // Called on the thread of backward(); the gradients may be zeroed in it. Values that another tape
   // has read must not be updated: its backward would throw. An empty function ends it.
   void update_early(std::function<void(std::span<Parameter* const>)> update);

@@ -203,8 +203,7 @@ void Reducer::explain(const std::string& when) {
       equal = equal && all_hashes[r * hashes.size() + i] == all_hashes[i];
     }
     if (!equal) {
-      stop(fmt::format("parameter {}", i),
-           disagreement(gather_text(communicator_, signature(i))));
+      stop(fmt::format("parameter {}", i), disagreement(gather_text(communicator_, signature(i))));
     }
   }
   const std::string layouts =

@@ -512,7 +512,8 @@ void Watchdog::take_signal() {
   {
     const std::lock_guard lock(mutex_);
     last = message(Message::Kind::goodbye);
-    copy_text(last.text, fmt::format("it was ended by signal {} ({})", signal_, strsignal(signal_)));
+    copy_text(last.text,
+              fmt::format("it was ended by signal {} ({})", signal_, strsignal(signal_)));
     judge_.leave(rank_);
     if (run_file_ != nullptr) {
       run_file_->write(RunFile::End::signalled);

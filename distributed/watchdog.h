@@ -17,8 +17,8 @@
 
 #include <atomic>
 #include <chrono>
-#include <csignal>
 #include <condition_variable>
+#include <csignal>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -64,8 +64,8 @@ using GatherBytes = std::function<std::string(std::string_view mine)>;
 
 class Watchdog {
  public:
-  // Before there are threads: the watchdog takes SIGTERM and SIGINT from then on, where they have no
-  // handler. Returns the mask to restore after goodbye().
+  // Before there are threads: the watchdog takes SIGTERM and SIGINT from then on, where they have
+  // no handler. Returns the mask to restore after goodbye().
   static sigset_t block_signals();
   // A collective. Internal when a rank cannot be reached; FailedPrecondition, on all ranks, when
   // versions differ. Throws what `gather` throws.
@@ -128,7 +128,7 @@ class Watchdog {
   Judge judge_;
   std::string verdict_;
   bool said_goodbye_ = false, everybody_left_ = false, stopping_ = false, over_ = false;
-  bool ending_ = false;        // a thread waits for the end of the process
+  bool ending_ = false;  // a thread waits for the end of the process
   bool publish_later_ = false;
   Clock::time_point published_at_;
 

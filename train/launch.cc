@@ -335,7 +335,7 @@ absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
       launch.arguments.push_back(word);
       continue;
     }
-    const std::string given = flag != word                ? word.substr(flag.size() + 1)
+    const std::string given = flag != word               ? word.substr(flag.size() + 1)
                               : i + 1 < arguments.size() ? arguments[++i]
                                                          : std::string();
     if (flag == "--watchdog") {

@@ -66,9 +66,8 @@ TEST(Checkpoint, AWrongCallDoesNotCompile) {
 
 TEST(Checkpoint, AnOutputWithoutAGradient) {
   expect_equal_under_policies([](Net& net, const Variable& x) {
-    const auto [with, without] = checkpoint("s", [&] {
-      return std::pair(Net::block(net.l1, x), detach(Net::block(net.l2, x)));
-    });
+    const auto [with, without] = checkpoint(
+        "s", [&] { return std::pair(Net::block(net.l1, x), detach(Net::block(net.l2, x))); });
     EXPECT_TRUE(with.needs_gradient());
     EXPECT_FALSE(without.needs_gradient());
     return mul(with, without);
@@ -90,8 +89,8 @@ TEST(Checkpoint, NestedContainersAndNoTensors) {
               {"out", scale(Net::block(net.l1, add(in[0], in[1])), o.factor.value_or(1))}};
         },
         options, "x");
-    EXPECT_EQ(checkpoint("s", [](int a, const std::string& b) { return b + std::to_string(a); }, 3,
-                         "n"),
+    EXPECT_EQ(checkpoint(
+                  "s", [](int a, const std::string& b) { return b + std::to_string(a); }, 3, "n"),
               "n3");
     return result.at("out");
   });
@@ -161,8 +160,7 @@ TEST(Checkpoint, ParametersHaveGradientsWhenNoInputNeedsOne) {
       double factor = 1;
     };
     const Variable out = checkpoint(
-        "s",
-        [&](const Arguments& in) { return scale(Net::block(net.l1, in.x), in.factor); },
+        "s", [&](const Arguments& in) { return scale(Net::block(net.l1, in.x), in.factor); },
         Arguments{.x = rows_of(0, 0), .factor = 2});
     backward(mean_square(out));
     EXPECT_TRUE(net.l1.weight.has_gradient());
@@ -179,8 +177,8 @@ TEST(Checkpoint, BytesAndFlopsOfChainsPerPolicyAreExact) {
   for (const std::string& policy : best_first) {
     std::vector<std::unique_ptr<Parameter>> weights;
     for (int i = 0; i < kLayers; ++i) {
-      weights.push_back(std::make_unique<Parameter>(
-          "w" + std::to_string(i), Tensor::zeros({kN, kN}, DType::f32, meta)));
+      weights.push_back(std::make_unique<Parameter>("w" + std::to_string(i),
+                                                    Tensor::zeros({kN, kN}, DType::f32, meta)));
     }
     Tape tape;
     const Tape::Scope scope(tape, Policies::named(policy));

@@ -46,10 +46,12 @@ TEST(Conformance, TheDocumentIsThatOfTheRows) {
 
 TEST(Conformance, EveryRowHasATestOrAReasonThatIsAllowed) {
   const std::set<std::string> known = tests_of_the_repository();
-  const std::set<std::string> reasons{
-      "not applicable: higher-order gradients, a named error", "not applicable: autocast contexts",
-      "not applicable: sparse tensors", "not applicable: complex tensors",
-      "not applicable: channels-last tensors", "not applicable: PowerSGD"};
+  const std::set<std::string> reasons{"not applicable: higher-order gradients, a named error",
+                                      "not applicable: autocast contexts",
+                                      "not applicable: sparse tensors",
+                                      "not applicable: complex tensors",
+                                      "not applicable: channels-last tensors",
+                                      "not applicable: PowerSGD"};
   std::size_t rows = 0, missing = 0;
   for (const ConformanceRow& row : conformance_rows()) {
     ++rows;

@@ -12,8 +12,8 @@ namespace reprise::distributed {
 namespace {
 
 Collective sum_of(std::int64_t count, DType dtype = DType::f32) {
-  return {Collective::Kind::all_reduce, Reduce::sum, 0, Tensor::zeros({count}, dtype), {},
-          {"gradients", 3}};
+  return {Collective::Kind::all_reduce,  Reduce::sum, 0,
+          Tensor::zeros({count}, dtype), {},          {"gradients", 3}};
 }
 
 // Three ranks, of which rank 1 has something else.

@@ -69,8 +69,7 @@ TEST_F(JudgeTest, NothingIsWrong) {
 TEST_F(JudgeTest, AnEndWithoutGoodbye) {
   pass(1);
   judge.lose(1, now);
-  EXPECT_EQ(text(),
-            "rank 1 (host a, pid 11) ended without finishing, in backward of step 4");
+  EXPECT_EQ(text(), "rank 1 (host a, pid 11) ended without finishing, in backward of step 4");
   EXPECT_EQ(culprits(), std::vector<int>{1});
 }
 

@@ -81,9 +81,10 @@ TEST(PlanLaunch, TheWatchdogsLimit) {
   using std::chrono::milliseconds;
   EXPECT_FALSE(find_world(environment({}))->watchdog);
   EXPECT_EQ(find_world(environment({{"REPRISE_WATCHDOG", "2.5"}}))->watchdog, milliseconds(2500));
-  EXPECT_EQ(find_world(environment({{"REPRISE_WATCHDOG", "soon"}})).status().message(),
-            "environment variable REPRISE_WATCHDOG must be a number of seconds from 0.1 to 1000000, "
-            "got \"soon\"");
+  EXPECT_EQ(
+      find_world(environment({{"REPRISE_WATCHDOG", "soon"}})).status().message(),
+      "environment variable REPRISE_WATCHDOG must be a number of seconds from 0.1 to 1000000, "
+      "got \"soon\"");
   const auto launch = plan_launch({"--watchdog", "7", "demo", "--ranks=2"},
                                   environment({{"REPRISE_WATCHDOG", "3"}}));
   EXPECT_EQ(launch->world.watchdog, milliseconds(7000));

@@ -1,6 +1,7 @@
-// Random data-parallel runs: models, segments, sharing, frozen sets, branches by rank, bucket sizes,
-// accumulation, uneven data, shards and numbers of ranks are drawn. On every rank and in every step
-// gradients and updated values must be those of one process without a reducer, bit for bit.
+// Random data-parallel runs: models, segments, sharing, frozen sets, branches by rank, bucket
+// sizes, accumulation, uneven data, shards and numbers of ranks are drawn. On every rank and in
+// every step gradients and updated values must be those of one process without a reducer, bit for
+// bit.
 #include <cmath>
 #include <cstdlib>
 #include <string>
@@ -45,8 +46,7 @@ TEST(RandomRanks, EveryRankHasTheGradientsOfOneProcess) {
     const Values full = full_batch(program);
     for (std::size_t p = 0; p < full.size(); ++p) {
       for (std::size_t k = 0; k < full[p].size(); ++k) {
-        ASSERT_NEAR(expected[0].gradients[p][k], full[p][k],
-                    5e-5 + 1.3e-6 * std::abs(full[p][k]));
+        ASSERT_NEAR(expected[0].gradients[p][k], full[p][k], 5e-5 + 1.3e-6 * std::abs(full[p][k]));
       }
     }
     ++by_ranks[static_cast<std::size_t>(program.ranks)];

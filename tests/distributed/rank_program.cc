@@ -27,8 +27,8 @@ class Model {
       const std::int64_t length = program.width * (program.twice_as_long[i] ? 2 : 1);
       std::vector<float> values;
       for (std::int64_t k = 0; k < length; ++k) {
-        values.push_back(
-            uniform(philox(program.seed + 7 * i, static_cast<std::uint64_t>(k))[0]) - 0.3f);
+        values.push_back(uniform(philox(program.seed + 7 * i, static_cast<std::uint64_t>(k))[0]) -
+                         0.3f);
       }
       owned_.push_back(
           std::make_unique<Parameter>("p" + std::to_string(i), Tensor::from(values, {length})));
@@ -47,7 +47,8 @@ class Model {
   }
 
   Variable loss(std::uint64_t source, int step) {
-    const std::uint64_t seed = program_.seed * 1000 + source * 10 + static_cast<std::uint64_t>(step);
+    const std::uint64_t seed =
+        program_.seed * 1000 + source * 10 + static_cast<std::uint64_t>(step);
     std::vector<float> values;
     for (std::int64_t i = 0; i < program_.width; ++i) {
       values.push_back(uniform(philox(seed, static_cast<std::uint64_t>(i))[0]) - 0.5f);
@@ -113,9 +114,8 @@ class Model {
   Variable run(const RankBlock& block, int depth, Variable x, std::uint64_t source, int step,
                Generator& generator) {
     if (depth > 0) {
-      return checkpoint("block", [&] {
-        return run(block, depth - 1, std::move(x), source, step, generator);
-      });
+      return checkpoint(
+          "block", [&] { return run(block, depth - 1, std::move(x), source, step, generator); });
     }
     for (const Use& use : block.uses) {
       if ((source + static_cast<std::uint64_t>(step)) % static_cast<std::uint64_t>(use.branch) !=
@@ -154,8 +154,8 @@ double divisor(const RankProgram& program, int step) {
   if (program.options.mean == Mean::tokens) {
     std::int64_t tokens = 0;
     for (int r = 0; r < program.ranks; ++r) {
-      for (int m = 0; m < program.micro_batches[static_cast<std::size_t>(r)]
-                                               [static_cast<std::size_t>(step)];
+      for (int m = 0;
+           m < program.micro_batches[static_cast<std::size_t>(r)][static_cast<std::size_t>(step)];
            ++m) {
         tokens += program.tokens(program.source(r, m), step);
       }
@@ -211,7 +211,8 @@ std::string RankProgram::text() const {
     micro += fmt::format("[{}] ", fmt::join(rank, " "));
   }
   return fmt::format(
-      "seed {}: {} ranks, {} parameters of {}, {} blocks, micro-batches {}shards {}, buckets {} {}, "
+      "seed {}: {} ranks, {} parameters of {}, {} blocks, micro-batches {}shards {}, buckets {} "
+      "{}, "
       "mean {}, live {}, zero {}, early {}, thaw at {}",
       seed, ranks, frozen.size(), width, blocks.size(), micro, options.shards,
       options.buckets.first_bucket_bytes, options.buckets.bucket_bytes,

@@ -1,5 +1,5 @@
-// Random data-parallel training runs: what a case draws, how a rank runs it, and what must come out,
-// computed in one process without a reducer.
+// Random data-parallel training runs: what a case draws, how a rank runs it, and what must come
+// out, computed in one process without a reducer.
 #pragma once
 
 #include <cstdint>

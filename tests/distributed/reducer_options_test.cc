@@ -74,8 +74,8 @@ TEST(ReducerOrder, IsRenewedWhenAPlanComesBackAndKeptByPlan) {
     Job job;
     Reducer reducer(ranks, job.model.parameters, {kSmall});
     // The branch is the last op: its parameter is ready first, or else unreached.
-    const std::vector<bool> branch{true, true, false, true, false, false, false, false,
-                                   true, true, true,  false};
+    const std::vector<bool> branch{true,  true,  false, true, false, false,
+                                   false, false, true,  true, true,  false};
     std::vector<std::int64_t> reorders;
     for (std::size_t step = 0; step < branch.size(); ++step) {
       job.model.zero();
@@ -125,8 +125,8 @@ TEST(ReducerOrder, ARenewedOrderLaunchesAsEarlyAsAFirstOne) {
         std::ranges::reverse(row);
       }
     }
-    EXPECT_EQ(ready_at_launch, (std::vector<std::vector<int>>{{1, 2, 3}, {3, 3, 3}, {3, 3, 3},
-                                                              {1, 2, 3}}));
+    EXPECT_EQ(ready_at_launch,
+              (std::vector<std::vector<int>>{{1, 2, 3}, {3, 3, 3}, {3, 3, 3}, {1, 2, 3}}));
   });
 }
 
@@ -184,7 +184,8 @@ TEST(ReducerMemory, ANewOrderDoesNotHoldEmptyGradientsTwice) {
   EXPECT_LE(allocator(cpu).report().peak[gradients], before + 64 * 32);
 }
 
-// models.md's rule: what counts is labels that are not ignored, over all micro-batches of all ranks.
+// models.md's rule: what counts is labels that are not ignored, over all micro-batches of all
+// ranks.
 TEST(ReducerMean, OverTokensIsTheMeanOverAllLabels) {
   const std::int64_t width = 5, classes = 7;
   std::vector<float> initial;
@@ -192,8 +193,8 @@ TEST(ReducerMean, OverTokensIsTheMeanOverAllLabels) {
     initial.push_back(uniform(philox(3, static_cast<std::uint64_t>(i))[0]) - 0.5f);
   }
   // Label counts differ by rank and micro-batch; one micro-batch has none.
-  const std::vector<std::vector<std::int64_t>> labels{{0, 3, -100, 6}, {-100, -100, -100, -100},
-                                                      {1, -100, -100, -100}, {2, 2, 5, 4}};
+  const std::vector<std::vector<std::int64_t>> labels{
+      {0, 3, -100, 6}, {-100, -100, -100, -100}, {1, -100, -100, -100}, {2, 2, 5, 4}};
   auto rows = [&](std::size_t micro) {
     std::vector<float> x;
     for (std::int64_t i = 0; i < 4 * width; ++i) {
@@ -224,8 +225,8 @@ TEST(ReducerMean, OverTokensIsTheMeanOverAllLabels) {
           const Tape::Scope scope(tape);
           BackwardOptions options;
           reducer.attach(options);
-          const Variable loss = linear_cross_entropy(
-              Tensor::from(rows(0), {4, width}), w, Tensor::from(labels[0], {4}));
+          const Variable loss = linear_cross_entropy(Tensor::from(rows(0), {4, width}), w,
+                                                     Tensor::from(labels[0], {4}));
           backward(loss, options);
         },
         Error);
@@ -235,9 +236,8 @@ TEST(ReducerMean, OverTokensIsTheMeanOverAllLabels) {
       const auto count = std::ranges::count_if(labels[micro], [](auto l) { return l >= 0; });
       reducer.add_tokens(count);
       const Tape::Scope scope(tape);
-      const Variable loss =
-          linear_cross_entropy(Tensor::from(rows(micro), {4, width}), w,
-                               Tensor::from(labels[micro], {4}), /*items=*/1);
+      const Variable loss = linear_cross_entropy(Tensor::from(rows(micro), {4, width}), w,
+                                                 Tensor::from(labels[micro], {4}), /*items=*/1);
       m == 0 ? reducer.accumulate(loss) : reducer.backward(loss);
     }
     EXPECT_EQ(reducer.tokens(), 8);
@@ -533,11 +533,8 @@ TEST(ReducerShards, MistakesOfTheCaller) {
             }),
             "[reducer] shards must be a multiple of the 2 ranks, got 3");
   const auto two = world_of_one();
-  EXPECT_EQ(
-      error_of([&] {
-        Reducer(*two, job.model.parameters, {.compress = true, .shards = 2});
-      }),
-      "[reducer] with shards gradients cannot be compressed: bits would depend on the ranks");
+  EXPECT_EQ(error_of([&] { Reducer(*two, job.model.parameters, {.compress = true, .shards = 2}); }),
+            "[reducer] with shards gradients cannot be compressed: bits would depend on the ranks");
 }
 
 // An invariant that does not hold names all that is known.
@@ -556,10 +553,10 @@ TEST(ReducerInvariants, AParameterThatIsReadyTwiceIsNamedWithItsContributions) {
     }
   };
   const std::string error = error_of([&] { backward(loss, options); });
-  EXPECT_TRUE(error.starts_with("reducer: in step 0 parameter tied (bucket "))
-      << error;
-  EXPECT_NE(error.find("expected to be ready once, seen 2 times; 6 contributions: toy_mul (record "),
-            std::string::npos)
+  EXPECT_TRUE(error.starts_with("reducer: in step 0 parameter tied (bucket ")) << error;
+  EXPECT_NE(
+      error.find("expected to be ready once, seen 2 times; 6 contributions: toy_mul (record "),
+      std::string::npos)
       << error;
   EXPECT_NE(error.find("segment block/inner)"), std::string::npos) << error;
 }
@@ -579,8 +576,9 @@ TEST(ReducerInvariants, AParameterThatNeverBecomesReadyIsNamed) {
   };
   backward(loss, options);
   const std::string error = error_of([&] { reducer.finish(); });
-  EXPECT_TRUE(error.starts_with("reducer: 14 of 15 parameters became ready in step 0; parameter "
-                                "block.2.bias (bucket "))
+  EXPECT_TRUE(
+      error.starts_with("reducer: 14 of 15 parameters became ready in step 0; parameter "
+                        "block.2.bias (bucket "))
       << error;
   EXPECT_NE(error.find("expected to be ready once, seen 0 times; 1 contribution: toy_mul_add "
                        "(record "),

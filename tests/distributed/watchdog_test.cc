@@ -80,9 +80,8 @@ struct World {
 };
 
 std::string verdict_of(Rank& rank) {
-  return rank.end.wait_for(std::chrono::seconds(30)) == std::future_status::ready
-             ? rank.end.get()
-             : "no verdict";
+  return rank.end.wait_for(std::chrono::seconds(30)) == std::future_status::ready ? rank.end.get()
+                                                                                  : "no verdict";
 }
 
 TEST(Watchdog, EndsWell) {

@@ -39,8 +39,7 @@ TEST(BehaviourOnRanks, ControlFlowTheSameOnEveryRank) {
 
 TEST(BehaviourOnRanks, ControlFlowDifferentOnEveryRank) {
   expect_conformance([](Net& net, Variable x, int iteration) {
-    return net.segment(Net::block, (net.rank + iteration) % 3 == 0 ? net.l3 : net.l1,
-                       std::move(x));
+    return net.segment(Net::block, (net.rank + iteration) % 3 == 0 ? net.l3 : net.l1, std::move(x));
   });
 }
 
@@ -134,8 +133,8 @@ TEST(BehaviourOnRanks, ParametersThatMustBeReachedAreNamed) {
   });
 }
 
-// The peer's buckets cannot be rebuilt with unused parameters, and it must finish a reduction before
-// the next forward: here neither is a state that can be wrong.
+// The peer's buckets cannot be rebuilt with unused parameters, and it must finish a reduction
+// before the next forward: here neither is a state that can be wrong.
 TEST(BehaviourOnRanks, AForwardWithoutBackwardLeavesNothingBehind) {
   on_ranks([](Communicator& ranks) {
     Net net;

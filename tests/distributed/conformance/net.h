@@ -21,8 +21,8 @@
 
 namespace reprise::testing {
 
-// Calls body(communicator) on every rank: of this process's threads, or of the job that this process
-// is a rank of.
+// Calls body(communicator) on every rank: of this process's threads, or of the job that this
+// process is a rank of.
 void on_ranks(const std::function<void(distributed::Communicator&)>& body);
 
 using Values = std::vector<std::vector<float>>;  // by parameter; empty: absent
@@ -51,8 +51,7 @@ struct Net {
     for (std::size_t i = 0; i < parameters.size(); ++i) {
       const Tensor value = parameters[i]->write();
       for (std::int64_t k = 0; k < value.numel(); ++k) {
-        const float x =
-            0.6f * (uniform(philox(40 + i, static_cast<std::uint64_t>(k))[0]) - 0.5f);
+        const float x = 0.6f * (uniform(philox(40 + i, static_cast<std::uint64_t>(k))[0]) - 0.5f);
         if (dtype == DType::f32) {
           value.data<float>()[k] = x;
         } else {

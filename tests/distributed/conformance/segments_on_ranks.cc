@@ -57,8 +57,8 @@ TEST(SegmentsOnRanks, DynamicWeightSharing) {
 
 TEST(SegmentsOnRanks, WeightSharingAroundTheWholeModel) {
   expect_conformance([](Net& net, Variable x, int) {
-    return net.segment(
-        [&](Variable y) { return tied(net, tied(net, std::move(y), true), false); }, std::move(x));
+    return net.segment([&](Variable y) { return tied(net, tied(net, std::move(y), true), false); },
+                       std::move(x));
   });
 }
 
@@ -107,8 +107,7 @@ TEST(SegmentsOnRanks, MicroBatchesOutsideOfAccumulation) {
 TEST(SegmentsOnRanks, BranchesByRank) {
   expect_conformance([](Net& net, Variable x, int iteration) {
     x = net.segment(Net::block, net.l1, std::move(x));
-    return net.segment(Net::block, (net.rank + iteration) % 2 == 0 ? net.l2 : net.l3,
-                       std::move(x));
+    return net.segment(Net::block, (net.rank + iteration) % 2 == 0 ? net.l2 : net.l3, std::move(x));
   });
 }
 

@@ -1,6 +1,6 @@
 // The story of ms-swift, end to end on ranks: Qwen2-VL with LoRA, its tower and its base frozen,
-// segments on, gradients reduced while backward runs. There: "Expected to mark a variable ready only
-// once".
+// segments on, gradients reduced while backward runs. There: "Expected to mark a variable ready
+// only once".
 #include <cmath>
 #include <filesystem>
 #include <string>
@@ -25,7 +25,9 @@ const std::string kFolder = std::string(REPRISE_SOURCE_DIR) + "/tests/golden/qwe
 
 // Text around an image of 2 tokens, other for each rank and step.
 nn::Batch batch_of(int rank, int step) {
-  auto token = [&](int i) { return static_cast<std::int64_t>((5 * i + 11 * rank + 3 * step) % 90); };
+  auto token = [&](int i) {
+    return static_cast<std::int64_t>((5 * i + 11 * rank + 3 * step) % 90);
+  };
   nn::Batch batch;
   const std::vector<std::int64_t> ids{token(0), 100,      103,      103,     101,
                                       token(1), token(2), token(3), token(4)};
@@ -82,9 +84,9 @@ Trained train_on(Communicator& ranks, const char* policy) {
     };
     options.on_ready = [&](Parameter& p) { ready.push_back(&p); };
     const Variable loss = model->loss(batch_of(ranks.rank(), 0));
-    run.losses.push_back(all_reduce_value(ranks, loss.tensor().item<float>(),
-                                          distributed::Reduce::sum, "loss") /
-                         ranks.size());
+    run.losses.push_back(
+        all_reduce_value(ranks, loss.tensor().item<float>(), distributed::Reduce::sum, "loss") /
+        ranks.size());
     reducer.backward(loss, options);
     EXPECT_EQ(ready, announced);
     EXPECT_EQ(ready.size(), adapters.size());

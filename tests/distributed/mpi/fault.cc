@@ -104,7 +104,6 @@ Ended run(std::vector<std::string> words, const std::string& signal_after = {}, 
   return ended;
 }
 
-
 int count(const std::string& text, const std::string& part) {
   int n = 0;
   for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
@@ -146,8 +145,7 @@ void check(int ranks, const Case& c) {
   std::printf("%-18s rank %d of %d: exit code %d after %.1f s\n", c.fault, c.culprit, ranks,
               ended.code, ended.seconds);
   SCOPED_TRACE(std::string(c.fault) + " in rank " + std::to_string(c.culprit) + " of " +
-               std::to_string(ranks) + ", " + std::to_string(ended.seconds) + " s:\n" +
-               ended.text);
+               std::to_string(ranks) + ", " + std::to_string(ended.seconds) + " s:\n" + ended.text);
   EXPECT_NE(ended.code, 0);
   EXPECT_LT(ended.seconds, 33);  // the limit is 3 s
   EXPECT_TRUE(ended.left.empty());
@@ -195,11 +193,13 @@ TEST(Faults, AnotherConfig) {
 }
 
 TEST(Faults, AnotherSeed) {
-  check("seed", "rank 1 has seed 8, the other 2 have seed 7", "rank 0 has seed 7, rank 1 has seed 8");
+  check("seed", "rank 1 has seed 8, the other 2 have seed 7",
+        "rank 0 has seed 7, rank 1 has seed 8");
 }
 
 TEST(Faults, AnotherDataLength) {
-  check(3, {"data", {"rank 1 has length of the data 999, the other 2 have length of the data 1000"}});
+  check(3,
+        {"data", {"rank 1 has length of the data 999, the other 2 have length of the data 1000"}});
 }
 
 TEST(Faults, AnotherLibraryVersion) {
@@ -213,8 +213,7 @@ TEST(Faults, AStepSkipped) {
 }
 
 TEST(Faults, AnotherOrder) {
-  check("order",
-        "purpose: rank 1 has \"something else\", the other 2 have \"state before a step\"",
+  check("order", "purpose: rank 1 has \"something else\", the other 2 have \"state before a step\"",
         "purpose: rank 0 has \"state before a step\", rank 1 has \"something else\"");
 }
 
@@ -335,7 +334,8 @@ TEST(Supervise, SignalsEndEverything) {
 }
 
 TEST(Supervise, KilledLeavesNothing) {
-  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "silent@forward", "1"}, "rank 1 of 2", SIGKILL);
+  const Ended ended =
+      run({REPRISE_FAULTY, "--ranks", "2", "silent@forward", "1"}, "rank 1 of 2", SIGKILL);
   EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
   EXPECT_TRUE(ended.left.empty());
 }
