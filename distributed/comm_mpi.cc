@@ -441,28 +441,16 @@ class MpiCommunicator final : public Communicator {
   }
 
   absl::Status connect() {
+    std::unique_ptr<RunFile> file;
     if (!options_.run_folder.empty() && options_.expected_rank >= 0) {
-      RunFile::open(options_.run_folder, options_.expected_rank, fmt::format("pid {}", getpid()));
+      file = RunFile::open(options_.run_folder, options_.expected_rank,
+                           fmt::format("pid {}", getpid()));
     }
-    const Pending started = queue_.push([engine = engine_] { engine->start(); });
-    const Clock::time_point end = Clock::now() + options_.start_limit;
-    while (!started.done() && Clock::now() < end) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const absl::Status status = connect_within_limit();
+    if (!status.ok() && file != nullptr) {
+      file->write(RunFile::End::told);
     }
-    if (!started.done()) {
-      closed_ = true;
-      queue_.finish(std::chrono::milliseconds(0));
-      return absl::DeadlineExceededError(fmt::format(
-          "[communicator] MPI did not start within {:.1f} s: {}",
-          std::chrono::duration<double>(options_.start_limit).count(), stopped_siblings()));
-    }
-    try {
-      started.wait();
-    } catch (const Error& e) {
-      closed_ = true;
-      return absl::InternalError(e.what());
-    }
-    return absl::OkStatus();
+    return status;
   }
 
   int rank() const override { return engine_->rank; }
@@ -498,6 +486,28 @@ class MpiCommunicator final : public Communicator {
   }
 
  private:
+  absl::Status connect_within_limit() {
+    const Pending started = queue_.push([engine = engine_] { engine->start(); });
+    const Clock::time_point end = Clock::now() + options_.start_limit;
+    while (!started.done() && Clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    if (!started.done()) {
+      closed_ = true;
+      queue_.finish(std::chrono::milliseconds(0));
+      return absl::DeadlineExceededError(fmt::format(
+          "[communicator] MPI did not start within {:.1f} s: {}",
+          std::chrono::duration<double>(options_.start_limit).count(), stopped_siblings()));
+    }
+    try {
+      started.wait();
+    } catch (const Error& e) {
+      closed_ = true;
+      return absl::InternalError(e.what());
+    }
+    return absl::OkStatus();
+  }
+
   void end(Failure failure, const std::string& why) {
     if (!closed_) {
       std::fflush(stdout);

@@ -5,8 +5,6 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <string_view>
 #include <utility>
 
@@ -44,8 +42,16 @@ void ProcessHandle::kill() const {
 namespace {
 
 std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return std::string((std::istreambuf_iterator<char>(file)), {});
+  std::string text;
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  char part[4096];
+  for (ssize_t n = 0; file >= 0 && (n = read(file, part, sizeof part)) > 0;) {
+    text.append(part, static_cast<std::size_t>(n));
+  }
+  if (file >= 0) {
+    close(file);
+  }
+  return text;
 }
 
 // What the launcher called the process; -1: nothing.
@@ -86,19 +92,10 @@ std::string stopped_siblings() {
 }
 
 char process_state(pid_t pid) {
-  char path[64];
-  std::snprintf(path, sizeof path, "/proc/%d/stat", static_cast<int>(pid));
-  const int file = open(path, O_RDONLY | O_CLOEXEC);
-  if (file < 0) {
-    return 0;
-  }
-  char text[512] = {};
-  const ssize_t n = read(file, text, sizeof text - 1);
-  close(file);
   // "pid (name) state ...": the name may hold anything.
-  const std::string_view stat(text, n > 0 ? static_cast<std::size_t>(n) : 0);
+  const std::string stat = read_file(fmt::format("/proc/{}/stat", pid));
   const std::size_t end = stat.rfind(')');
-  return end != std::string_view::npos && end + 2 < stat.size() ? stat[end + 2] : '\0';
+  return end != std::string::npos && end + 2 < stat.size() ? stat[end + 2] : '\0';
 }
 
 void leave_reaper(const ProcessHandle& process, std::chrono::milliseconds patience) {
