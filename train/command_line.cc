@@ -164,6 +164,10 @@ void add_demo(CLI::App& app, DemoOptions& demo) {
       ->add_option("--gradients-out", demo.gradients_out,
                    "Write the gradients of one step to this file and end")
       ->check(not_empty());
+  command
+      ->add_option("--shards", demo.shards,
+                   "Cut the batch into shards: 1, 2 and 4 ranks then give the same bits")
+      ->check(positive());
   command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
       ->check(positive());
   command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
