@@ -89,6 +89,15 @@ void Parameter::bind_gradient(Tensor storage) {
   bound_ = true;
 }
 
+void Parameter::unbind_gradient() {
+  expect_ready("unbind_gradient");
+  if (has_gradient_ || stale_) {
+    fail("unbind_gradient", "{} has a gradient", name_);
+  }
+  gradient_ = Tensor();
+  bound_ = false;
+}
+
 void Parameter::set_gradient_present() {
   expect_ready("set_gradient_present");
   if (!bound_ || stale_) {

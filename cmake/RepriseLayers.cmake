@@ -54,6 +54,7 @@ if(REPRISE_HAS_ONEDNN)
   target_compile_definitions(reprise_kernels PRIVATE REPRISE_HAS_ONEDNN=1)
 endif()
 target_link_libraries(reprise_nn PUBLIC absl::status absl::statusor nlohmann_json::nlohmann_json)
+target_compile_definitions(reprise_distributed PRIVATE REPRISE_VERSION="${PROJECT_VERSION}")
 if(REPRISE_HAS_MPI)
   target_link_libraries(reprise_distributed PRIVATE MPI::MPI_CXX)
   target_compile_definitions(reprise_distributed PRIVATE
@@ -69,6 +70,10 @@ if(REPRISE_CUDA)
   foreach(layer core kernels)
     target_link_libraries(reprise_${layer} PRIVATE CUDA::cudart_static)
   endforeach()
+  target_link_libraries(reprise_kernels PRIVATE CUDA::cublasLt)
+  # Calls of a library, no kernel: the host's compiler takes all of it.
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/kernels/matmul.cu PROPERTIES
+    LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
   target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()

@@ -173,7 +173,7 @@ __device__ __forceinline__ void key_weights(const BackwardCall& with, std::int64
     const float delta = there ? with.deltas[row] : 0.0f;
     float keep[kDown] = {1.0f, 1.0f, 1.0f, 1.0f};
     if (with.keep.dropout > 0.0f) {
-      const Words words = with.keep.words(row, first + Tile::row());
+      const PhiloxWords words = with.keep.words(row, first + Tile::row());
 #pragma unroll
       for (int r = 0; r < kDown; ++r) {
         keep[r] = with.keep.factor_of(words.at[r]);

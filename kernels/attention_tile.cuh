@@ -206,18 +206,13 @@ __device__ __forceinline__ float row_highest(float value) {
   return value;
 }
 
-// e^x; 0 below 2^-100.
-__device__ __forceinline__ float probability(float x) {
-  return x < -69.3147181f ? 0.0f : expf(x);
-}
-
 // The factors d_ij of dropout.
 struct Keep {
   std::uint64_t seed, offset;
   std::int64_t blocks_a_row;
   float dropout, factor;
 
-  __device__ __forceinline__ Words words(std::int64_t row, std::int64_t key) const {
+  __device__ __forceinline__ PhiloxWords words(std::int64_t row, std::int64_t key) const {
     return philox(seed, offset + static_cast<std::uint64_t>(row * blocks_a_row + key / 4));
   }
   __device__ __forceinline__ float factor_of(std::uint32_t word) const {
@@ -238,7 +233,7 @@ __device__ __forceinline__ Factors<Tile> keep_columns(const Keep& keep, std::int
     factors.at[c] = 1.0f;
   }
   if (keep.dropout > 0.0f) {
-    const Words words = keep.words(row, key);
+    const PhiloxWords words = keep.words(row, key);
     const bool upper = Tile::kEach == 2 && key % 4 != 0;
 #pragma unroll
     for (int c = 0; c < Tile::kEach; ++c) {

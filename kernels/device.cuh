@@ -100,6 +100,11 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+// e^x; 0 below 2^-100, which no sum beside a 1 can tell: no gradient is subnormal.
+__device__ __forceinline__ float probability(float x) {
+  return x < -69.3147181f ? 0.0f : expf(x);
+}
+
 // n elements that one thread moves at once.
 template <class T, int n>
 struct __align__(sizeof(T) * n) Packet {

@@ -5,12 +5,12 @@
 
 namespace reprise::kernels::cuda {
 
-struct Words {
+struct PhiloxWords {
   std::uint32_t at[4];
 };
 
 // As philox() there.
-__device__ __forceinline__ Words philox(std::uint64_t seed, std::uint64_t offset) {
+__device__ __forceinline__ PhiloxWords philox(std::uint64_t seed, std::uint64_t offset) {
   std::uint32_t c0 = static_cast<std::uint32_t>(offset);
   std::uint32_t c1 = static_cast<std::uint32_t>(offset >> 32), c2 = 0, c3 = 0;
   std::uint32_t key0 = static_cast<std::uint32_t>(seed);

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "core/progress.h"
 #include "nn/optimizer/clip.h"
 
 namespace reprise::train {
@@ -24,9 +25,26 @@ Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options)
 }
 
 double Trainer::forward_backward(const nn::Batch& batch) {
+  return forward_backward({&batch, 1}, 1);
+}
+
+double Trainer::forward_backward(std::span<const nn::Batch> micro_batches, double scale) {
+  if (micro_batches.empty()) {
+    fail("train", "a step needs at least one micro-batch");
+  }
+  progress().begin_step(steps_ + 1);
+  const PhaseScope phase(Phase::forward);
   for (Parameter* p : parameters_) {
     p->zero_gradient();
   }
+  double sum = 0;
+  for (std::size_t i = 0; i < micro_batches.size(); ++i) {
+    sum += sweep(micro_batches[i], scale, i + 1 == micro_batches.size());
+  }
+  return sum / static_cast<double>(micro_batches.size());
+}
+
+double Trainer::sweep(const nn::Batch& batch, double scale, bool last) {
   const std::uint64_t first_offset = generator_.next_offset;
   Tape::Scope scope(tape_, options_.policies);
   const Variable loss = model_.loss(batch);
@@ -38,18 +56,28 @@ double Trainer::forward_backward(const nn::Batch& batch) {
   BackwardOptions backward_options;
   backward_options.parameters = parameters_;
   backward_options.on_plan = [this](const Plan& plan) { report_unreached(plan.unreached); };
-  if (hooks.before) {
-    hooks.before(backward_options);
+  if (scale != 1) {
+    backward_options.scale = {scale};
+  }
+  const auto& before = last ? hooks.before : hooks.before_accumulation;
+  const auto& after = last ? hooks.after : hooks.after_accumulation;
+  if (before) {
+    before(backward_options);
   }
   backward(loss, backward_options);
-  if (hooks.after) {
-    hooks.after();
+  if (after) {
+    after();
   }
   return value;
 }
 
 double Trainer::step(const nn::Batch& batch, double learning_rate) {
-  const double loss = forward_backward(batch);
+  return step({&batch, 1}, learning_rate, 1);
+}
+
+double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale) {
+  const double loss = forward_backward(micro_batches, scale);
+  const PhaseScope phase(Phase::optimizer);
   optimizer_.step(learning_rate, clip_scale());
   ++steps_;
   return loss;
@@ -93,6 +121,7 @@ double Trainer::clip_scale() {
 }
 
 double Trainer::evaluate(const nn::Batch& batch) {
+  const PhaseScope phase(Phase::evaluation);
   model_.evaluate();
   const double loss = model_.loss(batch).tensor().item<float>();
   if (!std::isfinite(loss)) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -30,6 +31,9 @@ struct TrainerOptions {
 struct SweepHooks {
   std::function<void(BackwardOptions&)> before;
   std::function<void()> after;
+  // Instead of these around a micro-batch that is not the last of its step.
+  std::function<void(BackwardOptions&)> before_accumulation;
+  std::function<void()> after_accumulation;
   // Once, with the trainable parameters that the loss does not reach; empty: a line to standard
   // error.
   std::function<void(const std::vector<Parameter*>&)> unreached;
@@ -50,6 +54,10 @@ class Trainer {
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
+  // The same with several micro-batches, whose gradients add up: each loss counts `scale`. Returns
+  // the mean of the losses.
+  double step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale);
+  double forward_backward(std::span<const nn::Batch> micro_batches, double scale);
   // Loss without gradients, in evaluation mode. Throws Diverged.
   double evaluate(const nn::Batch& batch);
 
@@ -59,6 +67,7 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
+  double sweep(const nn::Batch& batch, double scale, bool last);
   void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.
   double clip_scale();
