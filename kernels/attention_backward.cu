@@ -210,7 +210,7 @@ __device__ __forceinline__ void add_weighted(const Scores<Tile>& scores, const f
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kWidth <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(Tile::kThreads)
     key_gradient_kernel(const __grid_constant__ BackwardCall with) {
   const AttentionCall& call = with.call;
   float* const k = dynamic_shared<float>();
