@@ -209,8 +209,9 @@ __device__ __forceinline__ void add_weighted(const Scores<Tile>& scores, const f
   }
 }
 
+// One block a multiprocessor, said aloud: else registers are spilled for a second.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     key_gradient_kernel(const __grid_constant__ BackwardCall with) {
   const AttentionCall& call = with.call;
   float* const k = dynamic_shared<float>();

@@ -150,7 +150,7 @@ std::vector<OpCase> attention_cases() {
                       7,
                       1,
                       8,
-                      {.scale = 0.3, .causal = true, .window = 4, .dropout = 0.3},
+                      {.scale = 0.3, .causal = true, .window = 2, .dropout = 0.3},
                       5}));
   rows.push_back(row({"wide_head", 1, 3, 1, 4, 1, 72, {.scale = 0.1}}));
   rows.push_back(row({"widest_head", 1, 3, 2, 6, 1, 136, {.scale = 0.1, .dropout = 0.3}, 3}));
