@@ -362,6 +362,11 @@ std::span<const GatherEvent> Sharding::gathers() const {
                             : std::span<const GatherEvent>();
 }
 
+std::span<const std::size_t> Sharding::scattered() const {
+  return gradients_ != nullptr ? std::span<const std::size_t>(gradients_->launched())
+                               : std::span<const std::size_t>();
+}
+
 void Sharding::clear_gathers() {
   if (values_ != nullptr) {
     values_->clear_gathers();

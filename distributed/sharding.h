@@ -115,6 +115,8 @@ class Sharding final : public ParameterHost {
   // Stage 3: since the last clear_gathers().
   std::span<const GatherEvent> gathers() const;
   void clear_gathers();
+  // Stages 2 and 3: units whose gradients the last reduction has sent, in order.
+  std::span<const std::size_t> scattered() const;
 
   void before_read(const Parameter& p) override;
   Tensor gradient_storage(const Parameter& p) override;
