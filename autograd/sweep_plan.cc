@@ -99,6 +99,7 @@ void SweepPlan::find_live(std::span<const Variable> losses) {
       ++reader.expected;
       reader.ready_at = static_cast<std::int32_t>(tape_.records().size());
       reader.slot = i;
+      parameter_losses_.push_back(p);
     }
   }
   for (auto r = static_cast<std::int32_t>(live.size()) - 1; r >= 0; --r) {
@@ -215,6 +216,7 @@ void SweepPlan::order(const BackwardOptions& options) {
   if (options.reach_all) {
     expect_all_reached();
   }
+  plan.contributions = [this] { return contributions(); };
   for (const Ready& ready : plan.order) {
     if (ready.parameter->stale()) {
       fail("backward", "the gradient of {} is stale after a failed backward: zero it first",
@@ -291,6 +293,43 @@ void SweepPlan::announce_last_reads() {
   for (const Ready& ready : plan.order) {
     announce(ready.parameter);
   }
+}
+
+std::vector<Contribution> SweepPlan::contributions() const {
+  std::vector<Contribution> all;
+  for (const Parameter* p : parameter_losses_) {
+    all.push_back({p, -1, "loss", ""});
+  }
+  for (auto r = static_cast<std::int64_t>(live.size()) - 1; r >= 0; --r) {
+    const Record& record = tape_.records()[static_cast<std::size_t>(r)];
+    const auto inputs = tape_.inputs(record);
+    for (std::size_t i = 0; live[static_cast<std::size_t>(r)] != 0 && i < inputs.size(); ++i) {
+      if ((record.gradients >> i & 1u) == 0 || inputs[i]->parameter == nullptr) {
+        continue;
+      }
+      std::string path;
+      for (const std::int32_t s : tape_.path(record.segment)) {
+        path += (path.empty() ? "" : "/") + tape_.segments()[static_cast<std::size_t>(s)].name;
+      }
+      all.push_back({inputs[i]->parameter, r, std::string(record.op->name()), std::move(path)});
+    }
+  }
+  return all;
+}
+
+std::string contributors(std::span<const Contribution> all, const Parameter& parameter) {
+  constexpr int kShown = 8;
+  std::string text;
+  int count = 0;
+  for (const Contribution& c : all) {
+    if (c.parameter != &parameter || ++count > kShown) {
+      continue;
+    }
+    text += fmt::format("{}{} (record {}, {})", count == 1 ? ": " : ", ", c.op, c.record,
+                        c.segment.empty() ? "outside of segments" : "segment " + c.segment);
+  }
+  return fmt::format("{} contribution{}{}{}", count, count == 1 ? "" : "s", text,
+                     count > kShown ? ", ..." : "");
 }
 
 }  // namespace reprise

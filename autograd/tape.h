@@ -113,14 +113,31 @@ struct Ready {
   std::int64_t last_read;  // record after which its data may change; -1: not read any more
 };
 
+// A term of a parameter's gradient.
+struct Contribution {
+  const Parameter* parameter;
+  std::int64_t record;  // -1: the parameter is a loss itself
+  std::string op;       // of the record
+  std::string segment;  // that it is in, from the outermost: "block.3/attention"; "" outside
+};
+
 struct Plan {
   std::vector<Ready> order;           // in the order of on_ready; expected == 0 first
   std::vector<Parameter*> unreached;  // of BackwardOptions::parameters, trainable, expected 0
+<<<<<<< HEAD
   // With BackwardOptions::list_reads: what replays and backwards read, in that order, frozen
   // parameters too; one that is read several times in a row is there once. Where a handle of the
   // user's spares a replay some records it holds their reads all the same.
   std::vector<Parameter*> reads;
+=======
+  // In the order of the sweep. Valid during the sweep, whatever has run of it.
+  std::function<std::vector<Contribution>()> contributions;
+>>>>>>> reducer
 };
+
+// The terms of one parameter for a message: "2 contributions: mul (record 7, segment block.3), ...";
+// the first 8.
+std::string contributors(std::span<const Contribution> all, const Parameter& parameter);
 
 struct BackwardOptions {
   // The tape and its values stay for another backward.
