@@ -99,16 +99,11 @@ void Parameter::bind_gradient(Tensor storage) {
 
 void Parameter::unbind_gradient() {
   expect_ready("unbind_gradient");
-<<<<<<< HEAD
-  has_gradient_ = bound_ = stale_ = false;
-  gradient_ = Tensor();
-=======
   if (has_gradient_ || stale_) {
     fail("unbind_gradient", "{} has a gradient", name_);
   }
   gradient_ = Tensor();
   bound_ = false;
->>>>>>> reducer
 }
 
 void Parameter::set_gradient_present() {

@@ -86,11 +86,7 @@ class Parameter {
   void set_grad_dtype(DType dtype);
   // Later gradients live here (a bucket's slice): shape of the parameter, dtype grad_dtype.
   void bind_gradient(Tensor storage);
-<<<<<<< HEAD
-  // The gradient, if any, is absent again, and later ones have storage of their own.
-=======
   // Later gradients have storage of their own again. Only while absent.
->>>>>>> reducer
   void unbind_gradient();
   // The bound storage was written from outside (by a reduction over ranks): it is the gradient now.
   // Throws Error when none is bound, or the gradient is stale.

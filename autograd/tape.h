@@ -124,15 +124,12 @@ struct Contribution {
 struct Plan {
   std::vector<Ready> order;           // in the order of on_ready; expected == 0 first
   std::vector<Parameter*> unreached;  // of BackwardOptions::parameters, trainable, expected 0
-<<<<<<< HEAD
   // With BackwardOptions::list_reads: what replays and backwards read, in that order, frozen
   // parameters too; one that is read several times in a row is there once. Where a handle of the
   // user's spares a replay some records it holds their reads all the same.
   std::vector<Parameter*> reads;
-=======
   // In the order of the sweep. Valid during the sweep, whatever has run of it.
   std::function<std::vector<Contribution>()> contributions;
->>>>>>> reducer
 };
 
 // The terms of one parameter for a message: "2 contributions: mul (record 7, segment block.3), ...";

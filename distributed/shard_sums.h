@@ -3,9 +3,9 @@
 // divides the number of shards gives the same bits.
 //
 // A rank adds up its shards as they come, like a binary counter: two neighbours that make one node
-// of the tree become that node. What is left are the largest nodes that lie in the rank's range. One,
-// when shards a rank are a power of two; then the tree over ranks goes on as it is. Otherwise the
-// ranks' nodes are gathered and every rank finishes the tree.
+// of the tree become that node. What is left are the largest nodes that lie in the rank's range.
+// One, when shards a rank are a power of two; then the tree over ranks goes on as it is. Otherwise
+// the ranks' nodes are gathered and every rank finishes the tree.
 //
 // Memory: besides the set of gradients that a sweep writes at most floor(log2(shards a rank)) more;
 // when nodes are gathered, ranks * nodes copies of a bucket on the way.

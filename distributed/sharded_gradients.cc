@@ -26,6 +26,11 @@ void divide(const Tensor& data, double divisor) {
   }
 }
 
+void drop_gradient(Parameter& p) {
+  p.zero_gradient();
+  p.unbind_gradient();
+}
+
 }  // namespace
 
 ShardedGradients::ShardedGradients(Communicator& communicator,
@@ -51,7 +56,7 @@ ShardedGradients::ShardedGradients(Communicator& communicator,
 
 ShardedGradients::~ShardedGradients() {
   for (const auto& [p, place] : places_) {
-    const_cast<Parameter*>(p)->unbind_gradient();
+    drop_gradient(*const_cast<Parameter*>(p));
   }
 }
 
@@ -193,7 +198,7 @@ void ShardedGradients::settle_flight() {
   State& state = states_[*flight_];
   state.pending.wait();
   for (const ShardUnit::Slot& slot : units_[*flight_].slots) {
-    parameters_[slot.parameter]->unbind_gradient();
+    drop_gradient(*parameters_[slot.parameter]);
   }
   state.full = Tensor();
   divide(state.shard, divisor_);
@@ -221,7 +226,7 @@ void ShardedGradients::zero() {
     state.shard = state.full = Tensor();
   }
   for (const auto& [p, place] : places_) {
-    const_cast<Parameter*>(p)->unbind_gradient();
+    drop_gradient(*const_cast<Parameter*>(p));
   }
   std::ranges::fill(touched_, char{0});
   reduced_ = false;

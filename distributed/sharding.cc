@@ -6,19 +6,11 @@
 
 #include "core/error.h"
 #include "distributed/disagreement.h"
+#include "distributed/hash.h"
 #include "nn/optimizer/clip.h"
 
 namespace reprise::distributed {
 namespace {
-
-// FNV-1a: the same on every machine.
-std::uint64_t hash_of(std::string_view text) {
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : text) {
-    hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  }
-  return hash;
-}
 
 std::string signature(const Parameter& p) {
   return fmt::format("{} {} {} {}{}", p.name(), name(p.dtype()), name(p.grad_dtype()),
@@ -97,9 +89,9 @@ void Sharding::agree_on_layout() const {
     parameters += signature(*p) + "\n";
   }
   const auto word = [](std::uint64_t x) { return std::bit_cast<std::int64_t>(x); };
-  const std::array<std::int64_t, 5> mine{options_.stage, std::ssize(parameters_),
-                                         word(hash_of(parameters)), word(hash_of(layout)),
-                                         std::bit_cast<std::int64_t>(options_.divisor)};
+  const std::array<std::int64_t, 5> mine{
+      options_.stage, std::ssize(parameters_), word(Hash().add(parameters).value()),
+      word(Hash().add(layout).value()), std::bit_cast<std::int64_t>(options_.divisor)};
   const std::array<const char*, 5> names{"stage", "number of parameters", "parameters (hash)",
                                          "units, as recorded reads make them (hash)", "divisor"};
   const Tensor in = Tensor::zeros({5}, DType::i64, cpu, MemoryKind::communication);
@@ -247,6 +239,7 @@ void Sharding::zero_gradients() {
     }
   }
   for (Parameter* shard : shards_) {
+    shard->zero_gradient();
     shard->unbind_gradient();
   }
 }
@@ -254,6 +247,7 @@ void Sharding::zero_gradients() {
 void Sharding::bind_shard_gradients() {
   for (const Shard& shard : owned_) {
     Parameter& part = *shard.parameter;
+    part.zero_gradient();
     part.unbind_gradient();
     if (!used(shard.source)) {
       continue;
@@ -310,6 +304,13 @@ void Sharding::attach_accumulation(BackwardOptions& options) {
   hook(options, false);
 }
 
+void Sharding::finish_accumulation() {
+  if (gradients_ == nullptr) {
+    reducer_->finish_accumulation();
+  }
+  end_forward();
+}
+
 void Sharding::finish() {
   if (gradients_ != nullptr) {
     gradients_->finish();
@@ -341,6 +342,7 @@ void Sharding::accumulate(const Variable& loss, BackwardOptions options) {
   try {
     attach_accumulation(options);
     reprise::backward(loss, options);
+    finish_accumulation();
   } catch (const std::exception& e) {
     communicator_.abort(fmt::format("exception in backward: {}", e.what()));
     throw;

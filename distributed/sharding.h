@@ -93,11 +93,11 @@ class Sharding final : public ParameterHost {
   // As those of Reducer.
   void backward(const Variable& loss, BackwardOptions options = {});
   void accumulate(const Variable& loss, BackwardOptions options = {});
-  // The same in parts, for a caller that runs backward itself; finish() belongs after the backward
-  // of attach() only.
+  // The same in parts, for a caller that runs backward itself.
   void attach(BackwardOptions& options);
-  void attach_accumulation(BackwardOptions& options);
   void finish();
+  void attach_accumulation(BackwardOptions& options);
+  void finish_accumulation();
   // After a forward without a backward at stage 3: lets go of what it has gathered.
   void end_forward();
 
