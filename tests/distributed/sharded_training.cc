@@ -4,10 +4,12 @@
 #include <gtest/gtest.h>
 
 #include "distributed/reducer.h"
+#include "distributed/sharded_folder.h"
 #include "kernels/accumulate.h"
 #include "nn/lora.h"
 #include "nn/optimizer/adamw.h"
 #include "nn/optimizer/clip.h"
+#include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 
 namespace reprise::testing {
@@ -33,6 +35,10 @@ class Trained {
     } else {
       sharding_ = std::make_unique<Sharding>(ranks, model.parameters(), reads_of(run),
                                              distributed::ShardingOptions{.stage = run.stage});
+    }
+    if (run.stage != 0 && !run.folder.empty()) {
+      const absl::Status loaded = distributed::load_sharded(run.folder, model, *sharding_, ranks);
+      EXPECT_TRUE(loaded.ok()) << loaded;
     }
     optimizer_ = std::make_unique<nn::AdamW>(
         run.stage == 0 ? trainable_ : sharding_->shards(),
@@ -97,11 +103,16 @@ std::string glm4() {
 }
 
 std::unique_ptr<nn::Model> sharded_model(const ShardedRun& run, Device device) {
-  nn::JsonReader json = *nn::JsonReader::parse(run.config, "config.json");
-  auto model = nn::build_model(json, {device, run.dtype});
+  absl::StatusOr<std::unique_ptr<nn::Model>> model;
+  if (run.folder.empty()) {
+    nn::JsonReader json = *nn::JsonReader::parse(run.config, "config.json");
+    model = nn::build_model(json, {device, run.dtype});
+  } else {
+    model = nn::load_model(run.folder, {.place = {device, run.dtype}, .values = run.stage == 0});
+  }
   EXPECT_TRUE(model.ok()) << model.status();
   Generator generator{5, 0};
-  if (device == cpu) {
+  if (device == cpu && run.folder.empty()) {
     (*model)->initialize(generator);
   }
   if (run.lora_rank > 0) {
@@ -157,6 +168,14 @@ ShardedResult train(Communicator& ranks, const ShardedRun& run) {
     }
   }
   result.values = trained.values();
+  if (!run.save_to.empty() && trained.sharding() != nullptr) {
+    const absl::Status saved =
+        distributed::save_sharded(*model, run.save_to, *trained.sharding(), ranks, 20000);
+    EXPECT_TRUE(saved.ok()) << saved;
+  } else if (!run.save_to.empty() && ranks.rank() == 0) {
+    const absl::Status saved = nn::save_model(*model, run.save_to, {.max_shard_bytes = 20000});
+    EXPECT_TRUE(saved.ok()) << saved;
+  }
   return result;
 }
 

@@ -24,6 +24,9 @@ struct ShardedRun {
   bool master_weights = false;
   // Instead of the model's loss: for other forwards over it.
   std::function<Variable(nn::Model&, const nn::Batch&)> loss = {};
+  // Where the model comes from, instead of `config` and random values, and where it goes at the
+  // end.
+  std::string folder = {}, save_to = {};
   // After each step, on each rank.
   std::function<void(distributed::Sharding&)> look = {};
 };
