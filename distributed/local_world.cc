@@ -35,13 +35,13 @@ class Meeting {
         compare();
         work();
       } catch (const std::exception& e) {
-        stop(e.what());
+        stop(e.what());  // the round does not end: nobody goes on
+        throw;
       }
       calls_.assign(calls_.size(), nullptr);
       here_ = 0;
       ++round_;
       changed_.notify_all();
-      expect_going();
       return;
     }
     const bool met =

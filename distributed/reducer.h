@@ -37,7 +37,7 @@
 // (distributed/shard_sums.h): every N that divides V gives the same bits. It takes more memory:
 // shard_bytes().
 //
-// Errors: ranks that differ in parameters, dtypes, settings, facts or steps throw CommunicatorError
+// Errors: ranks that differ in parameters, dtypes, settings or steps throw CommunicatorError
 // on all ranks before any gradient is sent; it names the first difference. A parameter that is not
 // ready exactly once, or a bucket that is not launched once and complete, throws InternalError that
 // names the parameter, its expected and seen counts and the records that contribute. A parameter
@@ -76,8 +76,6 @@ struct ReducerOptions {
   // Buckets of f32 travel as bf16: added in f32 and rounded once, half the bytes.
   bool compress = false;
   int shards = 0;  // of the global batch, a multiple of the ranks; 0: none
-  // What else must be the same on all ranks: name and value ("config", its text).
-  std::vector<std::pair<std::string, std::string>> facts = {};
 };
 
 // What happened in a reduction, in order of time.

@@ -80,9 +80,6 @@ std::uint64_t Reducer::layout_hash() const {
 
 std::uint64_t Reducer::state_hash() {
   Hash hash;
-  for (const auto& [name, value] : options_.facts) {
-    hash.add(name).add(value);
-  }
   return hash.add(static_cast<std::uint64_t>(step_))
       .add(signatures_hash())
       .add(layout_hash())
@@ -171,7 +168,6 @@ void Reducer::explain(const std::string& when) {
       {"mean (0: over ranks, 1: over tokens)", static_cast<std::int64_t>(options_.mean)},
       {"compression", options_.compress},
       {"division by live ranks", options_.divide_by_live},
-      {"number of facts", std::ssize(options_.facts)},
       {"number of parameters", std::ssize(parameters_)}};
   std::vector<std::int64_t> mine;
   for (const auto& [name, value] : numbers) {
@@ -181,7 +177,7 @@ void Reducer::explain(const std::string& when) {
   const std::vector<std::int64_t> all = gather(communicator_, mine, "explain a difference");
   auto stop = [&](const std::string& what, const std::string& text) {
     const std::string why = fmt::format("[reducer] ranks disagree at {}: {}: {}", when, what, text);
-    communicator_.abort(why);
+    communicator_.disagree(why);
     throw CommunicatorError(why);
   };
   for (std::size_t field = 0; field < numbers.size(); ++field) {
@@ -193,18 +189,6 @@ void Reducer::explain(const std::string& when) {
     }
     if (const std::string text = disagreement(values); !text.empty()) {
       stop(numbers[field].first, text);
-    }
-  }
-  for (const auto& [name, value] : options_.facts) {
-    const std::string name_differs = disagreement(gather_text(communicator_, name));
-    if (!name_differs.empty()) {
-      stop("name of a fact", name_differs);
-    }
-    const std::string hash = fmt::format("{:016x}", Hash().add(value).value());
-    const std::string differs = disagreement(
-        gather_text(communicator_, value.size() < 120 ? value : value.substr(0, 100) + "... " + hash));
-    if (!differs.empty()) {
-      stop(name, differs);
     }
   }
   std::vector<std::int64_t> hashes;

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "core/progress.h"
 #include "nn/optimizer/clip.h"
 
 namespace reprise::train {
@@ -36,6 +37,8 @@ void Trainer::zero_gradients() {
 }
 
 double Trainer::forward_backward(const nn::Batch& batch) {
+  progress().begin_step(steps_ + 1);
+  const PhaseScope phase(Phase::forward);
   zero_gradients();
   const std::uint64_t first_offset = generator_.next_offset;
   Tape::Scope scope(tape_, options_.policies);
@@ -64,6 +67,7 @@ double Trainer::forward_backward(const nn::Batch& batch) {
 
 double Trainer::step(const nn::Batch& batch, double learning_rate) {
   const double loss = forward_backward(batch);
+  const PhaseScope phase(Phase::optimizer);
   optimizer_.step(learning_rate, clip_scale());
   if (sharding_ != nullptr) {
     sharding_->updated();
@@ -116,6 +120,7 @@ double Trainer::clip_scale() {
 }
 
 double Trainer::evaluate(const nn::Batch& batch) {
+  const PhaseScope phase(Phase::evaluation);
   model_.evaluate();
   const double loss = model_.loss(batch).tensor().item<float>();
   if (sharding_ != nullptr) {
