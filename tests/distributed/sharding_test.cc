@@ -315,5 +315,63 @@ TEST(Sharding, TheNormHasTheBitsOfTheWholeOne) {
   }
 }
 
+TEST(Sharding, MistakesOfTheCaller) {
+  run_ranks(1, [](Communicator& ranks) {
+    Branches cut(4);
+    const ForwardReads reads = cut.reads();
+    EXPECT_EQ(error_of([&] { Sharding(ranks, cut.list, reads, {.stage = 4}); }),
+              "[sharding] stage must be 1, 2 or 3, got 4");
+    std::vector<Parameter*> twice = cut.list;
+    twice.push_back(cut.list[0]);
+    EXPECT_EQ(error_of([&] { Sharding(ranks, twice, reads); }),
+              "[sharding] parameter p0 is in the list twice");
+    EXPECT_EQ(error_of([&] { Sharding(ranks, {cut.list[0]}, reads); }),
+              "[sharding] the reads name parameter 1 of 1");
+    cut.list[3]->set_trainable(false);
+    Sharding sharding(ranks, cut.list, reads, {.stage = 3});
+    EXPECT_EQ(error_of([&] { Sharding(ranks, cut.list, reads); }),
+              "[sharding] parameter p0 is sharded already");
+    EXPECT_EQ(error_of([&] { (void)cut.reads(); }),
+              "[record_reads] parameter p0 is sharded already");
+    EXPECT_EQ(error_of([&] { sharding.finish(); }),
+              "[sharding] finish() belongs after a backward with the options of attach()");
+    Tape tape;
+    const Tape::Scope scope(tape);
+    sharding.backward(cut.loss(0, false));
+    EXPECT_EQ(error_of([&] {
+                BackwardOptions options;
+                sharding.attach(options);
+                backward(cut.loss(0, false), options);
+              }),
+              "[sharding] the gradients of step 1 are there still: zero_gradients() first");
+    tape.reset();
+    sharding.zero_gradients();
+    cut.list[3]->set_trainable(true);
+    EXPECT_EQ(error_of([&] {
+                BackwardOptions options;
+                sharding.attach(options);
+                backward(toy_sum(toy_mul(cut.loss(0, false), *cut.list[3])), options);
+              }),
+              "[sharding] the losses reach parameter p3, which was not trainable, or not in the "
+              "list, when the sharding was made");
+    tape.reset();
+    sharding.end_forward();
+    // A tensor of a value that is elsewhere has no elements.
+    EXPECT_THROW((void)cut.list[0]->value().to_vector<float>(), Error);
+  });
+}
+
+TEST(Sharding, RanksThatDiffer) {
+  const std::string text = error_of([] {
+    run_ranks(3, [](Communicator& ranks) {
+      Branches cut(4);
+      Sharding sharding(ranks, cut.list, cut.reads(), {.stage = ranks.rank() == 1 ? 2 : 3});
+    });
+  });
+  EXPECT_NE(text.find("ranks disagree about the stage: rank 1 has 2, the other 2 have 3"),
+            std::string::npos)
+      << text;
+}
+
 }  // namespace
 }  // namespace reprise::testing
