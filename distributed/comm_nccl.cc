@@ -237,10 +237,14 @@ class Engine {
   void complete(const char* verb) {
     const Event end = calls->mark(stream_);
     Backoff backoff;
-    while (!calls->passed(end)) {
+    while (true) {
+      const bool passed = calls->passed(end);
       const NcclResult code = calls->state(comm_);
       if (code != NcclResult::success && code != NcclResult::in_progress) {
         fail_with(verb, code);
+      }
+      if (passed) {
+        return;
       }
       expect_time(verb);
       backoff.pause();

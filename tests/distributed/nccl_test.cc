@@ -316,7 +316,6 @@ TEST(Nccl, AbortEndsWhatWaits) {
   Job job;
   job.limit = std::chrono::seconds(20);
   const auto begin = Clock::now();
-  Job alone = job;
   std::string first;
   const std::vector<std::string> errors = job.run([&](Communicator& world) {
     if (world.rank() == 1) {
