@@ -66,6 +66,12 @@ class Rendezvous : public ::testing::Test {
     return {std::istreambuf_iterator<char>(file), {}};
   }
 
+  void wait_for(const std::string& name) const {
+    while (get(name).empty()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+
   std::filesystem::path folder_;
 };
 
@@ -80,9 +86,7 @@ TEST_F(Rendezvous, InAnyOrderAndAgain) {
 TEST_F(Rendezvous, WhatAnEarlierJobLeftIsNotTaken) {
   Bytes mine = bytes_of(1), theirs{};
   std::thread late([&] { EXPECT_TRUE(meet(1, 2, theirs).ok()); });
-  while (get("join.1").empty()) {
-    std::this_thread::yield();
-  }
+  wait_for("join.1");
   const std::string join = get("join.1");
   std::string answer;
   std::thread first([&] { EXPECT_TRUE(meet(0, 2, mine).ok()); });
@@ -107,7 +111,8 @@ TEST_F(Rendezvous, WhatAnEarlierJobLeftIsNotTaken) {
 TEST_F(Rendezvous, NamesWhoIsMissing) {
   Bytes a{}, b{};
   absl::Status early;
-  std::thread other([&] { early = meet(1, 4, b, 300); });
+  std::thread other([&] { early = meet(1, 4, b, 800); });
+  wait_for("join.1");
   const absl::Status status = meet(0, 4, a, 200);
   other.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
@@ -120,8 +125,9 @@ TEST_F(Rendezvous, NamesWhoIsMissing) {
 
 TEST_F(Rendezvous, NamesWhoWasStartedWithAnotherSize) {
   Bytes a{}, b{};
-  std::thread other([&] { EXPECT_FALSE(meet(1, 3, b, 400).ok()); });
-  const absl::Status status = meet(0, 2, a, 300);
+  std::thread other([&] { EXPECT_FALSE(meet(1, 3, b, 800).ok()); });
+  wait_for("join.1");
+  const absl::Status status = meet(0, 2, a, 200);
   other.join();
   EXPECT_NE(status.message().find("rank 1 (it was started as one of 3 ranks) did not come"),
             std::string::npos)
