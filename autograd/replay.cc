@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "autograd/run_forward.h"
+#include "core/progress.h"
 
 namespace reprise {
 namespace {
@@ -29,6 +30,7 @@ class ReplayForward final : public RunForward {
 void Replay::enter(std::int32_t id) {
   const Segment& segment = tape_.segments()[static_cast<std::size_t>(id)];
   const SegmentLabel label(segment.name);
+  const PhaseScope phase(Phase::replay);
   const std::uint32_t epoch = tape_.next_epoch();
   auto ask = [&](Value* v) { v->root->asked = epoch; };
   plan_.each_wanted(id, [&](Value* v) {

@@ -8,6 +8,7 @@
 
 #include "autograd/op.h"
 #include "autograd/value.h"
+#include "core/progress.h"
 
 namespace reprise {
 
@@ -28,6 +29,7 @@ class RunForward : public Forward {
   std::vector<Tensor>& outputs() { return outputs_; }
 
   void run(const Op& op) {
+    progress().tick();
     op.forward(*this);
     for (std::size_t k = 0; k < outputs_.size(); ++k) {
       if (!outputs_[k].defined()) {

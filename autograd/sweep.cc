@@ -7,6 +7,7 @@
 #include "autograd/replay.h"
 #include "autograd/sweep_plan.h"
 #include "autograd/tape_state.h"
+#include "core/progress.h"
 
 namespace reprise {
 namespace {
@@ -189,6 +190,7 @@ class Sweep {
         replay_(tape, plan_) {}
 
   std::vector<Tensor> run() {
+    const PhaseScope phase(Phase::backward);
     tape_.report.pinned_bytes = tape_.pinned_bytes();
     announce();
     ParameterGradients parameters(plan_, options_);
@@ -308,6 +310,7 @@ class Sweep {
     }
     run.load(ones_);
     tape_.report.backward_flops += run.cost().flops;
+    progress().tick();
     record.op->backward(run);
     run.commit();
   }

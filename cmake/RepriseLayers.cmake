@@ -54,6 +54,7 @@ if(REPRISE_HAS_ONEDNN)
   target_compile_definitions(reprise_kernels PRIVATE REPRISE_HAS_ONEDNN=1)
 endif()
 target_link_libraries(reprise_nn PUBLIC absl::status absl::statusor nlohmann_json::nlohmann_json)
+target_compile_definitions(reprise_distributed PRIVATE REPRISE_VERSION="${PROJECT_VERSION}")
 if(REPRISE_HAS_MPI)
   target_link_libraries(reprise_distributed PRIVATE MPI::MPI_CXX)
   target_compile_definitions(reprise_distributed PRIVATE

@@ -5,6 +5,8 @@
 
 #include <omp.h>
 
+#include "core/progress.h"
+
 // GCC's OpenMP runtime is not instrumented: the thread sanitizer learns of fork and join from here.
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -67,6 +69,9 @@ void parallel_chunks(std::int64_t chunks, void (*body)(void*, std::int64_t), voi
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (exception.caught()) {
         continue;
+      }
+      if (omp_get_thread_num() == 0) {  // one: the counter's line must not travel
+        progress().tick();
       }
       try {
         body(context, chunk);

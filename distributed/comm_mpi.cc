@@ -1,50 +1,39 @@
 // Collectives over MPI's non-blocking point-to-point calls, all made by one thread.
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include <sched.h>
-#include <time.h>
+#include <unistd.h>
 
 #define OMPI_SKIP_MPICXX 1
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
 
+#include "core/progress.h"
+#include "distributed/backoff.h"
 #include "distributed/comm_queue.h"
 #include "distributed/communicator.h"
-#include "distributed/disagreement.h"
+#include "distributed/header.h"
+#include "distributed/processes.h"
 #include "distributed/rank_tree.h"
+#include "distributed/run_folder.h"
+#include "distributed/watchdog.h"
 
 namespace reprise::distributed {
 namespace {
 
-constexpr int kHeaderTag = 1, kPayloadTag = 2;
+constexpr int kPayloadTag = 2;
 // Bounds the buffers of a collective, and keeps MPI's int counts in range.
 constexpr std::int64_t kPieceBytes = std::int64_t{32} << 20;
-constexpr std::int32_t kAborted = -1;
-
-// Goes to every rank before the payload: a message into a receive that is too small writes past
-// its end in some MPIs, so that lengths are compared first.
-struct Header {
-  std::uint64_t sequence = 0;
-  std::int64_t count = 0;
-  std::int32_t kind = 0, reduce = 0, dtype = 0, root = 0, bucket = 0, rank = 0;
-  char what[40] = {};
-  char text[256] = {};  // of an abort
-};
-
-void copy_text(char* to, std::size_t size, const std::string& from) {
-  const std::size_t n = std::min(size - 1, from.size());
-  std::memcpy(to, from.data(), n);
-  to[n] = 0;
-}
 
 void check(int code, const char* call) {
   if (code != MPI_SUCCESS) {
@@ -54,24 +43,6 @@ void check(int code, const char* call) {
     throw CommunicatorError(fmt::format("[communicator] {}: {}", call, text));
   }
 }
-
-// Spins a little, then sleeps: a waiting thread must not take the core from the computing one.
-class Backoff {
- public:
-  void pause() {
-    if (++tests_ <= 20) {
-      sched_yield();
-      return;
-    }
-    const bool long_wait = Clock::now() - start_ > std::chrono::milliseconds(10);
-    const timespec time{0, long_wait ? 500'000 : 50'000};
-    nanosleep(&time, nullptr);
-  }
-
- private:
-  int tests_ = 0;
-  Clock::time_point start_ = Clock::now();
-};
 
 struct Transfer {
   MPI_Request request = MPI_REQUEST_NULL;
@@ -84,9 +55,6 @@ class Engine {
   explicit Engine(const ConnectOptions& options) : options_(options) {}
 
   int rank = 0, size = 1;
-
-  // Waits become short: this rank goes down.
-  void hurry() { hurried_ = true; }
 
   void start() {
     int provided = MPI_THREAD_SINGLE;
@@ -107,14 +75,17 @@ class Engine {
     check(MPI_Comm_dup(MPI_COMM_WORLD, &payload_), "MPI_Comm_dup");
     MPI_Comm_set_errhandler(control_, MPI_ERRORS_RETURN);
     MPI_Comm_set_errhandler(payload_, MPI_ERRORS_RETURN);
+    start_watchdog();
   }
 
   void run(Collective& collective) {
-    deadline_ = Clock::now() + options_.limit;
-    ++sequence_;
     what_ = to_string(collective);
+    dog_->join(what_, collective.in.defined() ? collective.in.bytes() : 0);
+    ++sequence_;
     try {
-      exchange_headers(collective);
+      if (options_.checked || collective.kind == Collective::Kind::barrier) {
+        compare_headers(collective);
+      }
       switch (collective.kind) {
         case Collective::Kind::all_reduce:
           all_reduce(collective);
@@ -136,38 +107,13 @@ class Engine {
       }
     } catch (const std::exception& e) {
       leave_behind(collective);
-      if (!told_) {
-        tell(e.what());
-      }
+      dog_->fail(failure_, e.what());
       throw;
     }
+    dog_->complete();
   }
 
-  // Every rank's next wait for this one ends with `why`.
-  void tell(const std::string& why) {
-    told_ = true;
-    auto* header = new Header;  // never freed: nobody waits for the messages to leave
-    header->kind = kAborted;
-    header->rank = rank;
-    header->sequence = sequence_;
-    copy_text(header->text, sizeof header->text, why);
-    std::vector<MPI_Request> requests;
-    for (int r = 0; r < size; ++r) {
-      if (r != rank) {
-        MPI_Request request = MPI_REQUEST_NULL;
-        MPI_Isend(header, sizeof *header, MPI_BYTE, r, kHeaderTag, control_, &request);
-        requests.push_back(request);
-      }
-    }
-    // A send that is not complete when it returns leaves only inside later calls.
-    Backoff backoff;
-    const auto end = Clock::now() + std::chrono::seconds(1);
-    int sent = 0;
-    while (sent == 0 && Clock::now() < end) {
-      MPI_Testall(static_cast<int>(requests.size()), requests.data(), &sent, MPI_STATUSES_IGNORE);
-      backoff.pause();
-    }
-  }
+  Watchdog* watchdog() { return dog_.get(); }
 
   void finalize() {
     scratch_ = Tensor();
@@ -177,61 +123,52 @@ class Engine {
   }
 
  private:
-  void exchange_headers(const Collective& c) {
-    Header mine;
-    mine.sequence = sequence_;
-    mine.count = c.count();
-    mine.kind = static_cast<std::int32_t>(c.kind);
-    mine.reduce = static_cast<std::int32_t>(c.reduce);
-    mine.dtype = static_cast<std::int32_t>(c.in.defined() ? c.in.dtype() : DType::f32);
-    mine.root = c.root;
-    mine.bucket = c.tag.bucket;
-    mine.rank = rank;
-    copy_text(mine.what, sizeof mine.what, c.tag.what);
-    headers_.assign(static_cast<std::size_t>(size), Header{});
-    headers_[static_cast<std::size_t>(rank)] = mine;
-    for (int r = 0; r < size; ++r) {
-      if (r != rank) {
-        receive(&headers_[static_cast<std::size_t>(r)], sizeof(Header), r, kHeaderTag, control_);
-      }
+  void start_watchdog() {
+    WatchdogOptions options;
+    options.limits.limit = options_.limit;
+    options.limits.silence = std::min(options_.silence, options_.limit);
+    options.start_limit = options_.start_limit;
+    options.version = options_.version;
+    options.run_folder = options_.run_folder;
+    options.on_verdict = [this](const std::string&) { stopped_ = true; };
+    auto dog = Watchdog::start(rank, size, options, [this](std::string_view mine) {
+      std::string all(mine.size() * static_cast<std::size_t>(size), 0);
+      gather(mine.data(), all.data(), mine.size());
+      return all;
+    });
+    if (!dog.ok()) {
+      throw CommunicatorError(std::string(dog.status().message()));
     }
-    for (int r = 0; r < size; ++r) {
-      if (r != rank) {
-        send(&headers_[static_cast<std::size_t>(rank)], sizeof(Header), r, kHeaderTag, control_);
-      }
-    }
-    complete("join");
-    compare_headers();
+    dog_ = *std::move(dog);
   }
 
-  void compare_headers() {
-    auto expect_equal = [&](const char* field, auto&& value_of) {
-      std::vector<std::string> values;
-      for (const Header& header : headers_) {
-        values.push_back(value_of(header));
-      }
-      if (const std::string text = disagreement(values); !text.empty()) {
-        told_ = true;  // all see the same
-        throw CommunicatorError(
-            fmt::format("[communicator] ranks disagree at collective {} ({}): {}: {}", sequence_,
-                        what_, field, text));
-      }
-    };
-    auto number = [](auto x) { return std::to_string(x); };
-    expect_equal("purpose", [](const Header& h) { return "\"" + std::string(h.what) + "\""; });
-    expect_equal("operation", [](const Header& h) {
-      return std::string(name(static_cast<Collective::Kind>(h.kind)));
-    });
-    expect_equal("bucket", [&](const Header& h) { return number(h.bucket); });
-    expect_equal("dtype", [](const Header& h) {
-      return std::string(reprise::name(static_cast<DType>(h.dtype)));
-    });
-    expect_equal("count", [&](const Header& h) { return number(h.count); });
-    expect_equal("reduction", [](const Header& h) {
-      return std::string(h.reduce == 0 ? "sum" : h.reduce == 1 ? "max" : "min");
-    });
-    expect_equal("root", [&](const Header& h) { return number(h.root); });
-    expect_equal("sequence", [&](const Header& h) { return number(h.sequence); });
+  void gather(const void* mine, void* all, std::size_t bytes) {
+    const auto count = static_cast<int>(bytes);
+    check(MPI_Iallgather(mine, count, MPI_BYTE, all, count, MPI_BYTE, control_,
+                         &open_.emplace_back().request),
+          "MPI_Iallgather");
+    complete();
+  }
+
+  // The or of all hashes and the or of their complements are complements of each other only when
+  // all are equal. Every rank's collective begins with this one, whatever it is, so that these fit
+  // together also when the collectives do not.
+  void compare_headers(const Collective& c) {
+    header_ = header_of(c, sequence_, rank);
+    const std::uint64_t hash = hash_of(header_);
+    hashes_ = {hash, ~hash};
+    check(MPI_Iallreduce(MPI_IN_PLACE, hashes_.data(), 2, MPI_UINT64_T, MPI_BOR, control_,
+                         &open_.emplace_back().request),
+          "MPI_Iallreduce");
+    complete();
+    if (hashes_[0] == ~hashes_[1]) {
+      return;
+    }
+    headers_.assign(static_cast<std::size_t>(size), Header{});
+    gather(&header_, headers_.data(), sizeof header_);
+    failure_ = Failure::shared;
+    throw CommunicatorError(fmt::format("[communicator] ranks disagree at collective {} ({}): {}",
+                                        sequence_, what_, explain(headers_)));
   }
 
   void send(const void* data, std::int64_t bytes, int peer, int tag, MPI_Comm comm) {
@@ -255,28 +192,29 @@ class Engine {
           "MPI_Irecv");
   }
 
-  // All open transfers; throws at the deadline, and when a header says that its rank gave up.
-  void complete(const char* verb) {
+  // All open transfers. Whether they take too long is for the watchdog to say.
+  void complete() {
     Backoff backoff;
     while (true) {
+      const std::size_t before = open_.size();
       std::erase_if(open_, [&](Transfer& transfer) { return test(transfer); });
-      for (const Header& header : headers_) {
-        if (header.kind == kAborted) {
-          told_ = true;  // it told the others too
-          throw CommunicatorError(fmt::format("[communicator] rank {} failed: {}", header.rank,
-                                              static_cast<const char*>(header.text)));
-        }
+      if (open_.size() != before) {
+        dog_moved();
       }
       if (open_.empty()) {
         return;
       }
-      const Clock::time_point now = Clock::now();
-      if (now > deadline_ || (hurried_ && now > hurried_deadline())) {
-        throw CommunicatorError(fmt::format(
-            "[communicator] {} did not {} collective {} ({}) within {:.1f} s of rank {}", missing(),
-            verb, sequence_, what_, std::chrono::duration<double>(options_.limit).count(), rank));
+      if (stopped_) {
+        throw CommunicatorError(fmt::format("[communicator] collective {} ({}) was given up: {}",
+                                            sequence_, what_, dog_->verdict()));
       }
       backoff.pause();
+    }
+  }
+
+  void dog_moved() {
+    if (dog_ != nullptr) {  // not while it starts
+      dog_->moved();
     }
   }
 
@@ -303,31 +241,6 @@ class Engine {
       }
     }
     return done != 0;
-  }
-
-  std::string missing() const {
-    std::vector<int> ranks;
-    for (const Transfer& transfer : open_) {
-      if (transfer.peer >= 0 && std::ranges::find(ranks, transfer.peer) == ranks.end()) {
-        ranks.push_back(transfer.peer);
-      }
-    }
-    if (ranks.empty()) {
-      return "some rank";
-    }
-    std::ranges::sort(ranks);
-    std::string text = ranks.size() == 1 ? "rank" : "ranks";
-    for (std::size_t i = 0; i < ranks.size(); ++i) {
-      text += fmt::format("{} {}", i == 0 ? "" : ",", ranks[i]);
-    }
-    return text;
-  }
-
-  Clock::time_point hurried_deadline() {
-    if (!hurried_at_) {
-      hurried_at_ = Clock::now() + std::chrono::seconds(2);
-    }
-    return *hurried_at_;
   }
 
   // Sends everybody its addends (rank r's lie at `part(r)`, `bytes[r]` long), receives the others'
@@ -358,7 +271,7 @@ class Engine {
         send(part(r), bytes[static_cast<std::size_t>(r)], r, kPayloadTag, payload_);
       }
     }
-    complete("finish");
+    complete();
     reduce_tree(parts, out, mine / static_cast<std::int64_t>(size_bytes(dtype)), dtype, reduce);
   }
 
@@ -385,7 +298,7 @@ class Engine {
           send(slice(rank), bytes[static_cast<std::size_t>(rank)], r, kPayloadTag, payload_);
         }
       }
-      complete("finish");
+      complete();
     }
   }
 
@@ -422,7 +335,7 @@ class Engine {
           send(in + begin, bytes, r, kPayloadTag, payload_);
         }
       }
-      complete("finish");
+      complete();
     }
   }
 
@@ -438,7 +351,7 @@ class Engine {
       if (rank != c.root) {
         receive(data + begin, bytes, c.root, kPayloadTag, payload_);
       }
-      complete("finish");
+      complete();
     }
   }
 
@@ -450,7 +363,7 @@ class Engine {
       check(MPI_Iallreduce(MPI_IN_PLACE, c.in.raw(), static_cast<int>(c.in.numel()), MPI_INT64_T,
                            MPI_BOR, control_, &open_.emplace_back().request),
             "MPI_Iallreduce");
-      complete("finish");
+      complete();
     }
   }
 
@@ -461,12 +374,10 @@ class Engine {
     struct Left {
       Collective collective;
       Tensor scratch;
-      std::vector<Header> headers;
       std::vector<Transfer> open;
     };
     static std::vector<Left*>& left = *new std::vector<Left*>;
-    left.push_back(new Left{collective, scratch_, std::move(headers_), std::move(open_)});
-    headers_.clear();
+    left.push_back(new Left{collective, scratch_, std::move(open_)});
     open_.clear();
     scratch_ = Tensor();
   }
@@ -474,36 +385,89 @@ class Engine {
   const ConnectOptions options_;
   MPI_Comm control_ = MPI_COMM_NULL, payload_ = MPI_COMM_NULL;
   std::vector<Transfer> open_;
+  Header header_;
+  std::array<std::uint64_t, 2> hashes_{};
   std::vector<Header> headers_;
   Tensor scratch_;
   std::uint64_t sequence_ = 0;
   std::string what_;
-  Clock::time_point deadline_;
-  std::optional<Clock::time_point> hurried_at_;
-  std::atomic<bool> hurried_ = false;
-  bool told_ = false;
+  Failure failure_ = Failure::suspected;  // what an error of MPI means
+  std::atomic<bool> stopped_ = false;
+  std::unique_ptr<Watchdog> dog_;  // last: its thread calls back
 };
 
 class MpiCommunicator final : public Communicator {
  public:
   explicit MpiCommunicator(const ConnectOptions& options)
       : options_(options),
+        signals_(Watchdog::block_signals()),
         engine_(std::make_shared<Engine>(options)),
         exceptions_(std::uncaught_exceptions()) {}
 
   ~MpiCommunicator() override {
-    if (std::uncaught_exceptions() > exceptions_) {
-      abort("it was left by an exception");
+    if (!closed_ && std::uncaught_exceptions() > exceptions_) {
+      // Without waiting: who catches the exception may still say what it was.
+      closed_ = true;
+      engine_->watchdog()->fail(Failure::own, "an exception left it");
+      static auto& left = *new std::vector<std::shared_ptr<Engine>>;
+      left.push_back(engine_);
+      queue_.finish(std::chrono::milliseconds(0));
+      return;
     }
     try {
-      if (!closed_) {
-        close();
-      }
+      close();
     } catch (const Error&) {  // said by the collective that failed, or not to be said here
     }
+    pthread_sigmask(SIG_SETMASK, &signals_, nullptr);
   }
 
   absl::Status connect() {
+    std::unique_ptr<RunFile> file;
+    if (!options_.run_folder.empty() && options_.expected_rank >= 0) {
+      file = RunFile::open(options_.run_folder, options_.expected_rank,
+                           fmt::format("pid {}", getpid()));
+    }
+    const absl::Status status = connect_within_limit();
+    if (!status.ok() && file != nullptr) {
+      file->write(RunFile::End::told);
+    }
+    return status;
+  }
+
+  int rank() const override { return engine_->rank; }
+  int size() const override { return engine_->size; }
+
+  Pending start(Collective collective) override {
+    if (closed_) {
+      return Pending::finished("[communicator] it is closed");
+    }
+    engine_->watchdog()->launched();
+    return queue_.push([engine = engine_, c = std::move(collective)]() mutable { engine->run(c); });
+  }
+
+  void abort(std::string why) override { end(Failure::own, why); }
+  void disagree(std::string why) override { end(Failure::shared, why); }
+
+  void close() override {
+    if (std::exchange(closed_, true)) {
+      return;
+    }
+    progress().enter(Phase::ending);
+    progress().begin_wait();
+    const Pending done = queue_.push([engine = engine_] {
+      Collective end;
+      end.tag.what = "end of the job";
+      engine->run(end);
+      engine->finalize();
+    });
+    queue_.finish(std::chrono::hours(24));  // the watchdog ends the process before
+    progress().end_wait();
+    done.wait();
+    engine_->watchdog()->goodbye();
+  }
+
+ private:
+  absl::Status connect_within_limit() {
     const Pending started = queue_.push([engine = engine_] { engine->start(); });
     const Clock::time_point end = Clock::now() + options_.start_limit;
     while (!started.done() && Clock::now() < end) {
@@ -512,7 +476,9 @@ class MpiCommunicator final : public Communicator {
     if (!started.done()) {
       closed_ = true;
       queue_.finish(std::chrono::milliseconds(0));
-      return absl::DeadlineExceededError("[communicator] MPI did not start within the limit");
+      return absl::DeadlineExceededError(fmt::format(
+          "[communicator] MPI did not start within {:.1f} s: {}",
+          std::chrono::duration<double>(options_.start_limit).count(), stopped_siblings()));
     }
     try {
       started.wait();
@@ -523,51 +489,19 @@ class MpiCommunicator final : public Communicator {
     return absl::OkStatus();
   }
 
-  int rank() const override { return engine_->rank; }
-  int size() const override { return engine_->size; }
-
-  Pending start(Collective collective) override {
-    if (closed_) {
-      return Pending::finished("[communicator] it is closed");
+  void end(Failure failure, const std::string& why) {
+    if (!closed_) {
+      std::fflush(stdout);
+      engine_->watchdog()->fail_and_end(failure, why);
     }
-    return queue_.push([engine = engine_, c = std::move(collective)]() mutable { engine->run(c); });
   }
 
-  void abort(std::string why) override {
-    if (closed_ || std::exchange(aborted_, true)) {
-      return;
-    }
-    engine_->hurry();
-    queue_.push([engine = engine_, why = std::move(why)] {
-      engine->tell(why);
-      throw CommunicatorError(fmt::format("[communicator] rank {} failed: {}", engine->rank, why));
-    });
-  }
-
-  void close() override {
-    if (std::exchange(closed_, true)) {
-      return;
-    }
-    const Pending done = queue_.push([engine = engine_] {
-      Collective end;
-      end.tag.what = "end of the job";
-      engine->run(end);
-      engine->finalize();
-    });
-    // MPI_Finalize waits without a limit of its own.
-    const bool ended = queue_.finish(options_.limit + std::chrono::seconds(5));
-    if (!ended) {
-      throw CommunicatorError("[communicator] MPI did not end within the limit");
-    }
-    done.wait();
-  }
-
- private:
   const ConnectOptions options_;
+  const sigset_t signals_;  // blocked before there was a thread
   const std::shared_ptr<Engine> engine_;
   CommQueue queue_;
   const int exceptions_;
-  bool closed_ = false, aborted_ = false;
+  bool closed_ = false;
 };
 
 }  // namespace

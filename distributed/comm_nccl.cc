@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "distributed/backoff.h"
-#include "distributed/call_header.h"
 #include "distributed/comm_queue.h"
+#include "distributed/header.h"
 #include "distributed/rendezvous.h"
 
 namespace reprise::distributed {
@@ -115,13 +115,13 @@ class Engine {
   }
 
   void exchange_headers(const Collective& collective) {
-    const CallHeader mine = header_of(collective, sequence_, options_.rank);
-    std::vector<CallHeader> all(static_cast<std::size_t>(options_.size));
-    static_assert(sizeof(CallHeader) % sizeof(std::int64_t) == 0);
+    const Header mine = header_of(collective, sequence_, options_.rank);
+    std::vector<Header> all(static_cast<std::size_t>(options_.size));
+    static_assert(sizeof(Header) % sizeof(std::int64_t) == 0);
     over_buffers({Collective::Kind::all_gather, Reduce::sum, DType::i64, 0, &mine, all.data(),
                   sizeof mine / sizeof(std::int64_t)},
                  sizeof mine, all.size() * sizeof mine, "join");
-    if (const std::string text = difference(all); !text.empty()) {
+    if (const std::string text = explain(all); !text.empty()) {
       throw CommunicatorError(fmt::format("[communicator] ranks disagree at {}: {}", what_, text));
     }
   }

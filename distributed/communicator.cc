@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/progress.h"
+
 namespace reprise::distributed {
 namespace {
 
@@ -59,7 +61,11 @@ void Pending::wait() const {
     return;
   }
   std::unique_lock lock(state_->mutex);
-  state_->changed.wait(lock, [&] { return state_->done; });
+  if (!state_->done) {
+    progress().begin_wait();
+    state_->changed.wait(lock, [&] { return state_->done; });
+    progress().end_wait();
+  }
   if (!state_->error.empty()) {
     throw CommunicatorError(state_->error);
   }
@@ -141,6 +147,11 @@ Pending Communicator::agree(const Tensor& words, Tag tag) {
 
 Pending Communicator::barrier(Tag tag) {
   return start({Collective::Kind::barrier, Reduce::sum, 0, {}, {}, std::move(tag)});
+}
+
+std::string library_version() {
+  const std::string mpi = mpi_library();
+  return "Reprise " REPRISE_VERSION + (mpi.empty() ? std::string() : ", " + mpi.substr(0, 60));
 }
 
 double all_reduce_value(Communicator& communicator, double value, Reduce reduce, std::string what) {

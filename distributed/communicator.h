@@ -13,9 +13,9 @@
 // into calls, and is the same on all ranks, bit for bit. i32 and i64 wrap around.
 //
 // Errors: the caller's mistakes throw Error at once. What goes wrong between ranks (they disagree
-// about the collective, one failed or does not answer within the limit, MPI reports an error) is
-// thrown by wait() as a CommunicatorError that names rank and collective; from then on every
-// collective of this communicator throws the same. Nothing waits for ever.
+// about the collective, one has failed, is gone, or makes no progress within the limit, MPI reports
+// an error) ends the job: one message that names rank and collective, exit code 86 on every rank
+// (watchdog.h). wait() throws CommunicatorError meanwhile. Nothing waits for ever.
 #pragma once
 
 #include <atomic>
@@ -26,6 +26,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include <absl/status/statusor.h>
 
@@ -121,11 +122,14 @@ class Communicator {
   // Whether collectives can be given this tensor's memory: of the host, unless said otherwise.
   virtual bool takes(const Tensor& data) const { return data.device().kind != DeviceKind::cuda; }
 
-  // This rank cannot go on: the others' next collective throws CommunicatorError with this text,
-  // and so do later ones here. Returns without waiting.
+  // This rank cannot go on. With other ranks: the job ends, this process included, within two
+  // seconds and with a message that has this text; does not return. Alone: every later collective
+  // throws CommunicatorError with it.
   virtual void abort(std::string why) = 0;
-  // Waits for all ranks and ends the engine; throws CommunicatorError. The destructor calls it,
-  // or abort() when an exception is under way, and swallows errors.
+  // The same for what every rank finds at the same time, with the same text: none is to blame.
+  virtual void disagree(std::string why) { abort(std::move(why)); }
+  // Waits for all ranks and ends the engine; throws CommunicatorError. The destructor calls it and
+  // swallows errors; when an exception is under way it ends the job instead, but waits for nothing.
   virtual void close() = 0;
 
   // The work behind the calls above, whose arguments are checked by now.
@@ -135,12 +139,25 @@ class Communicator {
 // reduction over ranks of one number; waits.
 double all_reduce_value(Communicator& communicator, double value, Reduce reduce, std::string what);
 
+// "Reprise 0.1.0, Open MPI v4.1.4, ..."
+std::string library_version();
+
 struct ConnectOptions {
-  int expected_size = 0;  // as the launcher's environment says; 0: not known
-  // A collective that is not complete after so long is an error; so is the end.
-  std::chrono::milliseconds limit = std::chrono::seconds(120);
-  // So is a start: it waits for processes to be launched, which a busy machine does slowly.
+  int expected_size = 0,
+      expected_rank = -1;  // as the launcher's environment says; 0, -1: not known
+  // A rank that makes no progress for so long, and does not wait for others, ends the job; so does
+  // a collective that all ranks have joined. Work that does not count (core/progress.h) must be
+  // shorter.
+  std::chrono::milliseconds limit = std::chrono::seconds(30);
+  // So does a rank that is not heard for so long (at most `limit`): stopped, or out of reach.
+  std::chrono::milliseconds silence = std::chrono::seconds(10);
+  // So does a start: it waits for processes to be launched, which a busy machine does slowly.
   std::chrono::milliseconds start_limit = std::chrono::seconds(120);
+  // Compare what every collective is before its payload moves. Without it only the agreement that
+  // opens a step and barriers are compared.
+  bool checked = true;
+  std::string version = library_version();  // must be equal on all ranks
+  std::string run_folder;                   // see run_folder.h; empty: none
 };
 
 // One process: every collective is done at once.

@@ -154,7 +154,7 @@ void Reducer::explain(const char* when) {
   const std::vector<std::int64_t> all = gather(communicator_, mine, "explain a difference");
   auto stop = [&](const std::string& what, const std::string& text) {
     const std::string why = fmt::format("[reducer] ranks disagree at {}: {}: {}", when, what, text);
-    communicator_.abort(why);
+    communicator_.disagree(why);
     throw CommunicatorError(why);
   };
   for (std::size_t field = 0; field < names.size(); ++field) {

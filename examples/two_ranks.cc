@@ -106,9 +106,12 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "%s\n", std::string(ranks.status().message()).c_str());
       return 2;
     }
-    const int code = run(**ranks);
-    (*ranks)->close();
-    return code;
+    const absl::Status done =
+        train::run_rank(*std::move(ranks), [](distributed::Communicator& communicator) {
+          return run(communicator) == 0 ? absl::OkStatus()
+                                        : absl::InternalError("gradients differ");
+        });
+    return done.ok() ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

@@ -116,7 +116,7 @@ int complain(const CLI::App& app, const std::vector<std::string>& words,
     const std::string name(word.substr(0, word.find('=')));
     if (word.starts_with("--")) {
       auto known = flag_names(*command);
-      known.emplace_back("--ranks");
+      known.insert(known.end(), {"--ranks", "--watchdog"});
       if (std::ranges::find(known, name) == known.end()) {
         const std::string near = nearest(name, known);
         fmt::print(stderr, "reprise: unknown flag {}{}\n", name,
@@ -231,8 +231,9 @@ Invocation parse(const std::vector<std::string>& words) {
   Invocation asked;
   CLI::App app("Build, train and fine-tune transformers.", "reprise");
   app.require_subcommand(1);
-  std::string ranks;  // taken out before
+  std::string ranks, watchdog;  // taken out before
   app.add_option("--ranks", ranks, "Processes for demo, started with mpirun");
+  app.add_option("--watchdog", watchdog, "Seconds after which ranks that stand still are ended");
   add_demo(app, asked.demo);
   add_parity(app, asked);
   add_init(app, asked);
@@ -290,11 +291,9 @@ int run_command(const World& world, const Invocation& asked) {
     if (!ranks.ok()) {
       return report(ranks.status());
     }
-    const absl::Status done = run_demo(asked.demo, **ranks);
-    if (done.ok()) {
-      (*ranks)->close();
-    }
-    return report(done);
+    return report(run_rank(*std::move(ranks), [&](distributed::Communicator& communicator) {
+      return run_demo(asked.demo, communicator);
+    }));
   } catch (const Diverged& error) {
     fmt::print(stderr, "reprise: {}\n", error.what());
     return kBadInput;

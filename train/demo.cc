@@ -12,6 +12,8 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "distributed/disagreement.h"
+#include "distributed/header.h"
 #include "distributed/reducer.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
@@ -151,6 +153,13 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
   if (!text.ok()) {
     return text.status();
   }
+  const distributed::Setting settings[] = {
+      {"seed", std::to_string(options.seed)},
+      {"learning rate", fmt::format("{}", options.learning_rate)},
+      {"bytes of text", std::to_string(text->size())},
+      {"hash of the text", std::to_string(distributed::Hash().add(*text).value())},
+      {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
+  require_same(ranks, settings, "the start of the demo");
   const ByteData data(*text, kBatch / ranks.size(), kTokens);
   const auto model = demo_model(cpu);
   const auto meta_model = demo_model(meta);

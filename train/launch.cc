@@ -21,6 +21,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "distributed/run_folder.h"
+
 namespace reprise::train {
 namespace {
 
@@ -69,6 +71,18 @@ absl::Status read(const Environment& environment, const char* name, int& value) 
   return absl::OkStatus();
 }
 
+// Seconds, above 0.
+absl::StatusOr<std::chrono::milliseconds> seconds(const char* name, std::string_view text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || !(value >= 0.1) ||
+      !(value <= 1e6)) {
+    return absl::InvalidArgumentError(
+        fmt::format("{} must be a number of seconds from 0.1 to 1000000, got \"{}\"", name, text));
+  }
+  return std::chrono::milliseconds(static_cast<std::int64_t>(value * 1000));
+}
+
 // Output of a command that ends soon.
 std::string output_of(const std::string& path, const char* argument) {
   const std::string command = "'" + path + "' " + argument + " 2>&1";
@@ -94,13 +108,22 @@ std::string family(const std::string& text) {
 }
 
 [[noreturn]] void become_mpirun(const std::string& mpirun, const std::string& self,
-                                const Launch& launch, const sigset_t& mask, pid_t parent) {
+                                const Launch& launch, const std::string& run_folder,
+                                const sigset_t& mask, pid_t parent) {
   // mpirun ends its job when it gets TERM, so that the job ends when the supervisor is killed.
   prctl(PR_SET_PDEATHSIG, SIGTERM);
   if (getppid() != parent) {
     _exit(1);
   }
   sigprocmask(SIG_SETMASK, &mask, nullptr);
+  if (!run_folder.empty()) {
+    setenv("REPRISE_RUN_DIR", run_folder.c_str(), 1);
+  }
+  if (launch.world.watchdog) {
+    const std::string text =
+        fmt::format("{}", std::chrono::duration<double>(*launch.world.watchdog).count());
+    setenv("REPRISE_WATCHDOG", text.c_str(), 1);
+  }
   setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 1);
   setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 1);
   setenv("OMPI_MCA_orte_execute_quiet", "1", 1);  // ranks say what is wrong, without a banner
@@ -148,6 +171,31 @@ std::vector<pid_t> children() {
   }
   return result;
 }
+
+// Where ranks of this machine leave their last state; in memory where the system has such a place.
+class RunFolder {
+ public:
+  RunFolder() {
+    for (const char* place : {"/dev/shm/reprise-XXXXXX", "/tmp/reprise-XXXXXX"}) {
+      std::string name = place;
+      if (mkdtemp(name.data()) != nullptr) {
+        path_ = name;
+        return;
+      }
+    }
+  }
+  ~RunFolder() {
+    std::error_code error;
+    if (!path_.empty()) {
+      std::filesystem::remove_all(path_, error);
+    }
+  }
+  RunFolder(const RunFolder&) = delete;
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;  // empty: there is none
+};
 
 class Supervisor {
  public:
@@ -258,6 +306,14 @@ absl::StatusOr<World> find_world(const Environment& environment) {
                                                   world.launcher, world.size, world.rank));
   }
   world.threads = std::max(1, cores() / world.local_size);
+  if (const char* text = environment("REPRISE_WATCHDOG")) {
+    const absl::StatusOr<std::chrono::milliseconds> limit =
+        seconds("environment variable REPRISE_WATCHDOG", text);
+    if (!limit.ok()) {
+      return limit.status();
+    }
+    world.watchdog = *limit;
+  }
   return world;
 }
 
@@ -273,20 +329,27 @@ absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
   }
   Launch launch{*world, 0, {}};
   for (std::size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& word = arguments[i];
-    std::optional<std::string> value;
-    if (word == "--ranks") {
-      value = i + 1 < arguments.size() ? arguments[++i] : std::string();
-    } else if (word.starts_with("--ranks=")) {
-      value = word.substr(std::strlen("--ranks="));
-    } else {
+    const std::string word = arguments[i];
+    const std::string flag = word.substr(0, word.find('='));
+    if (flag != "--ranks" && flag != "--watchdog") {
       launch.arguments.push_back(word);
       continue;
     }
-    const std::optional<int> ranks = number(*value);
+    const std::string given = flag != word               ? word.substr(flag.size() + 1)
+                              : i + 1 < arguments.size() ? arguments[++i]
+                                                         : std::string();
+    if (flag == "--watchdog") {
+      const absl::StatusOr<std::chrono::milliseconds> limit = seconds("--watchdog", given);
+      if (!limit.ok()) {
+        return limit.status();
+      }
+      launch.world.watchdog = *limit;
+      continue;
+    }
+    const std::optional<int> ranks = number(given);
     if (!ranks || *ranks < 1 || *ranks > 4096) {
       return absl::InvalidArgumentError(
-          fmt::format("--ranks must be a number from 1 to 4096, got \"{}\"", *value));
+          fmt::format("--ranks must be a number from 1 to 4096, got \"{}\"", given));
     }
     launch.ranks = *ranks;
   }
@@ -343,6 +406,7 @@ absl::StatusOr<int> supervise(const Launch& launch) {
   if (error) {
     return absl::ErrnoToStatus(error.value(), "/proc/self/exe");
   }
+  const RunFolder folder;
   prctl(PR_SET_CHILD_SUBREAPER, 1);
   sigset_t signals, before;
   sigemptyset(&signals);
@@ -353,7 +417,7 @@ absl::StatusOr<int> supervise(const Launch& launch) {
   const pid_t parent = getpid();
   const pid_t pid = fork();
   if (pid == 0) {
-    become_mpirun(*mpirun, self, launch, before, parent);
+    become_mpirun(*mpirun, self, launch, folder.path(), before, parent);
   }
   if (pid < 0) {
     const int code = errno;
@@ -362,16 +426,54 @@ absl::StatusOr<int> supervise(const Launch& launch) {
   }
   const int result = Supervisor(pid).run(signals);
   sigprocmask(SIG_SETMASK, &before, nullptr);
-  return result;
+  const std::string unsaid = distributed::explain_run(folder.path(), launch.ranks);
+  if (unsaid.empty() || result == 128 + SIGINT || result == 128 + SIGTERM) {
+    return result;
+  }
+  std::fprintf(stderr, "reprise: %s\n", unsaid.c_str());
+  return result == 0 ? 1 : result;
 }
 
 absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
-    const World& world, std::chrono::milliseconds limit) {
+    const World& world, distributed::ConnectOptions options) {
   if (world.size == 1) {
     return distributed::world_of_one();
   }
   prctl(PR_SET_PDEATHSIG, SIGKILL);
-  return distributed::connect_mpi({world.size, limit});
+  options.expected_size = world.size;
+  options.expected_rank = world.rank;
+  if (const char* folder = std::getenv("REPRISE_RUN_DIR")) {
+    options.run_folder = folder;
+  }
+  return distributed::connect_mpi(options);
+}
+
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
+    const World& world, std::optional<std::chrono::milliseconds> limit) {
+  distributed::ConnectOptions options;
+  options.limit = limit.value_or(world.watchdog.value_or(options.limit));
+  return connect(world, options);
+}
+
+absl::Status run_rank(std::unique_ptr<distributed::Communicator> communicator,
+                      const std::function<absl::Status(distributed::Communicator&)>& body) {
+  absl::Status done;
+  try {
+    done = body(*communicator);
+    if (done.ok()) {
+      communicator->close();
+      return done;
+    }
+  } catch (const std::exception& error) {
+    if (communicator->size() > 1) {
+      communicator->abort(error.what());
+    }
+    throw;
+  }
+  if (communicator->size() > 1) {
+    communicator->abort(std::string(done.message()));
+  }
+  return done;
 }
 
 }  // namespace reprise::train

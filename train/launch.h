@@ -28,6 +28,7 @@ struct World {
   int local_rank = 0, local_size = 1;  // on this machine
   std::string launcher;                // "Open MPI", "PMIx", "PMI", "Slurm"; empty: none
   int threads = 1;                     // compute threads a rank: its share of the cores, at least 1
+  std::optional<std::chrono::milliseconds> watchdog;  // REPRISE_WATCHDOG, in seconds
 };
 
 // As the launcher's variables say: Open MPI's, PMIx's, PMI's, Slurm's (which a batch script has
@@ -42,8 +43,8 @@ struct Launch {
   std::vector<std::string> arguments;  // as given, without the program and without --ranks
 };
 
-// Takes `--ranks N` or `--ranks=N` out of the arguments. InvalidArgument when N is not a number
-// from 1 to 4096, or when this process is a rank of a launch already.
+// Takes `--ranks N` or `--ranks=N`, and `--watchdog SECONDS`, out of the arguments. InvalidArgument
+// when N is not a number from 1 to 4096, or when this process is a rank of a launch already.
 absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
                                    const Environment& environment);
 absl::StatusOr<Launch> plan_launch(int argc, char** argv);
@@ -53,13 +54,22 @@ absl::StatusOr<Launch> plan_launch(int argc, char** argv);
 absl::StatusOr<std::string> find_mpirun();
 
 // Runs this program as `ranks` processes under mpirun, with launch.arguments, and waits for all of
-// them; SIGINT and SIGTERM end them. Returns the exit code (128 + n for signal n) when nothing of
-// the job is left. Call it before any thread exists.
+// them; SIGINT and SIGTERM end them. Returns the exit code (128 + n for signal n; 0 only when every
+// rank finished) when nothing of the job is left; says who failed when the ranks could not. Call it
+// before any thread exists.
 absl::StatusOr<int> supervise(const Launch& launch);
 
 // The communicator of this process; a world of one starts no MPI. A rank of several ends with its
-// launcher from then on.
+// launcher from then on. expected_size and run_folder are filled in here.
 absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
-    const World& world, std::chrono::milliseconds limit = std::chrono::seconds(120));
+    const World& world, distributed::ConnectOptions options);
+// With the watchdog's limit as given here, else as in the world, else the default.
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
+    const World& world, std::optional<std::chrono::milliseconds> limit = std::nullopt);
+
+// Work of one rank: body(communicator), then the end of the communicator. When it throws or returns
+// an error, the job ends (Communicator::abort); alone, that goes on to the caller.
+absl::Status run_rank(std::unique_ptr<distributed::Communicator> communicator,
+                      const std::function<absl::Status(distributed::Communicator&)>& body);
 
 }  // namespace reprise::train

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "core/progress.h"
 #include "nn/optimizer/clip.h"
 
 namespace reprise::train {
@@ -24,6 +25,8 @@ Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options)
 }
 
 double Trainer::forward_backward(const nn::Batch& batch) {
+  progress().begin_step(steps_ + 1);
+  const PhaseScope phase(Phase::forward);
   for (Parameter* p : parameters_) {
     p->zero_gradient();
   }
@@ -50,6 +53,7 @@ double Trainer::forward_backward(const nn::Batch& batch) {
 
 double Trainer::step(const nn::Batch& batch, double learning_rate) {
   const double loss = forward_backward(batch);
+  const PhaseScope phase(Phase::optimizer);
   optimizer_.step(learning_rate, clip_scale());
   ++steps_;
   return loss;
@@ -93,6 +97,7 @@ double Trainer::clip_scale() {
 }
 
 double Trainer::evaluate(const nn::Batch& batch) {
+  const PhaseScope phase(Phase::evaluation);
   model_.evaluate();
   const double loss = model_.loss(batch).tensor().item<float>();
   if (!std::isfinite(loss)) {

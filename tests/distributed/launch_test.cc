@@ -77,6 +77,26 @@ TEST(PlanLaunch, TakesRanksOut) {
   EXPECT_EQ(plan_launch({"demo"}, environment({}))->ranks, 0);
 }
 
+TEST(PlanLaunch, TheWatchdogsLimit) {
+  using std::chrono::milliseconds;
+  EXPECT_FALSE(find_world(environment({}))->watchdog);
+  EXPECT_EQ(find_world(environment({{"REPRISE_WATCHDOG", "2.5"}}))->watchdog, milliseconds(2500));
+  EXPECT_EQ(
+      find_world(environment({{"REPRISE_WATCHDOG", "soon"}})).status().message(),
+      "environment variable REPRISE_WATCHDOG must be a number of seconds from 0.1 to 1000000, "
+      "got \"soon\"");
+  const auto launch = plan_launch({"--watchdog", "7", "demo", "--ranks=2"},
+                                  environment({{"REPRISE_WATCHDOG", "3"}}));
+  EXPECT_EQ(launch->world.watchdog, milliseconds(7000));
+  EXPECT_EQ(launch->ranks, 2);
+  EXPECT_EQ(launch->arguments, std::vector<std::string>{"demo"});
+  for (const char* bad : {"", "0", "-1", "nan", "inf", "1e9", "3 s"}) {
+    EXPECT_EQ(plan_launch({"--watchdog", bad}, environment({})).status().message(),
+              "--watchdog must be a number of seconds from 0.1 to 1000000, got \"" +
+                  std::string(bad) + "\"");
+  }
+}
+
 TEST(PlanLaunch, RefusesBadNumbersAndNesting) {
   for (const char* bad : {"", "0", "-1", "two", "2.5", "4097", "99999999999"}) {
     const absl::Status status = plan_launch({"--ranks", bad}, environment({})).status();

@@ -1,0 +1,123 @@
+#include "distributed/processes.h"
+
+#include <charconv>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <string_view>
+#include <utility>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace reprise::distributed {
+
+ProcessHandle::ProcessHandle(pid_t pid)
+    : descriptor_(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))) {}
+
+ProcessHandle::~ProcessHandle() {
+  if (descriptor_ >= 0) {
+    close(descriptor_);
+  }
+}
+
+ProcessHandle::ProcessHandle(ProcessHandle&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+ProcessHandle& ProcessHandle::operator=(ProcessHandle&& other) noexcept {
+  std::swap(descriptor_, other.descriptor_);
+  return *this;
+}
+
+void ProcessHandle::kill() const {
+  if (descriptor_ >= 0) {
+    syscall(SYS_pidfd_send_signal, descriptor_, SIGKILL, nullptr, 0);
+  }
+}
+
+namespace {
+
+std::string read_file(const std::string& path) {
+  std::string text;
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  char part[4096];
+  for (ssize_t n = 0; file >= 0 && (n = read(file, part, sizeof part)) > 0;) {
+    text.append(part, static_cast<std::size_t>(n));
+  }
+  if (file >= 0) {
+    close(file);
+  }
+  return text;
+}
+
+// What the launcher called the process; -1: nothing.
+int rank_of(const std::string& pid) {
+  const std::string environment = '\0' + read_file("/proc/" + pid + "/environ");
+  for (const char* name : {"OMPI_COMM_WORLD_RANK=", "PMI_RANK=", "PMIX_RANK=", "SLURM_PROCID="}) {
+    const std::size_t at = environment.find('\0' + std::string(name));
+    int rank = -1;
+    if (at != std::string::npos) {
+      const char* digits = environment.data() + at + 1 + std::strlen(name);
+      std::from_chars(digits, environment.data() + environment.size(), rank);
+      return rank;
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+std::string stopped_siblings() {
+  std::string text;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
+    const std::string pid = entry.path().filename().string();
+    const std::string stat = read_file(entry.path().string() + "/stat");
+    const std::size_t end = stat.rfind(')');
+    char state = 0;
+    pid_t parent = 0;
+    if (end == std::string::npos ||
+        std::sscanf(stat.c_str() + end + 1, " %c %d", &state, &parent) != 2 ||
+        parent != getppid() || state != 'T') {
+      continue;
+    }
+    text +=
+        fmt::format("{}rank {} (pid {}) is stopped", text.empty() ? "" : ", ", rank_of(pid), pid);
+  }
+  return text.empty() ? "no rank of this machine is stopped; one has not come so far" : text;
+}
+
+char process_state(pid_t pid) {
+  // "pid (name) state ...": the name may hold anything.
+  const std::string stat = read_file(fmt::format("/proc/{}/stat", pid));
+  const std::size_t end = stat.rfind(')');
+  return end != std::string::npos && end + 2 < stat.size() ? stat[end + 2] : '\0';
+}
+
+void leave_reaper(const ProcessHandle& process, std::chrono::milliseconds patience) {
+  if (!process.valid()) {
+    return;
+  }
+  const int descriptor = process.descriptor();
+  if (fork() != 0) {
+    return;
+  }
+  // Only what is safe after a fork of a process with threads.
+  setsid();
+  if (descriptor > 0) {
+    syscall(SYS_close_range, 0U, static_cast<unsigned>(descriptor) - 1, 0);
+  }
+  syscall(SYS_close_range, static_cast<unsigned>(descriptor) + 1, ~0U, 0);
+  const auto milliseconds = static_cast<int>(patience.count());
+  pollfd one{descriptor, POLLIN, 0};
+  if (poll(&one, 1, milliseconds) == 0) {
+    syscall(SYS_pidfd_send_signal, descriptor, SIGKILL, nullptr, 0);
+  }
+  _exit(0);
+}
+
+}  // namespace reprise::distributed

@@ -1,0 +1,39 @@
+// Other processes of this machine, held so that their number cannot come to mean another one.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include <sys/types.h>
+
+namespace reprise::distributed {
+
+class ProcessHandle {
+ public:
+  ProcessHandle() = default;
+  // Empty when the process is gone, or the kernel is older than 5.3.
+  explicit ProcessHandle(pid_t pid);
+  ~ProcessHandle();
+  ProcessHandle(ProcessHandle&& other) noexcept;
+  ProcessHandle& operator=(ProcessHandle&& other) noexcept;
+
+  bool valid() const { return descriptor_ >= 0; }
+  int descriptor() const { return descriptor_; }
+  void kill() const;  // also when it is stopped; does nothing once it is gone
+
+ private:
+  int descriptor_ = -1;
+};
+
+// 'R', 'S', 'T', ... as in /proc; 0 when there is no such process.
+char process_state(pid_t pid);
+
+// Of the processes that have this one's parent, those that are stopped, with their ranks as the
+// launcher's variables say: "rank 1 (pid 12) is stopped"; or that nothing is known.
+std::string stopped_siblings();
+
+// A process of its own that outlives this one and kills `process` unless it ends within `patience`;
+// it ends with it. For a launcher that waits for ever for a machine that does not answer.
+void leave_reaper(const ProcessHandle& process, std::chrono::milliseconds patience);
+
+}  // namespace reprise::distributed
