@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kOperation = "linear_cross_entropy";
 constexpr std::int64_t kChunkBytes = 100 << 20;
-constexpr std::int64_t kRowsMultiple = 64;
+constexpr std::int64_t kRowsMultiple = 64, kLeastRows = 256;
 
 void expect_gradient(std::string_view argument, const Tensor& gradient, const Tensor& of,
                      std::string_view letters) {
@@ -88,7 +88,7 @@ std::int64_t linear_cross_entropy_rows(std::int64_t tokens, std::int64_t width,
   const std::int64_t row_bytes =
       std::max<std::int64_t>(1, vocabulary * static_cast<std::int64_t>(size_bytes(dtype)));
   const std::int64_t most =
-      std::max({width / 4, kChunkBytes / row_bytes, kRowsMultiple}) / kRowsMultiple * kRowsMultiple;
+      std::max({width / 4, kChunkBytes / row_bytes, kLeastRows}) / kRowsMultiple * kRowsMultiple;
   const std::int64_t chunks = std::max<std::int64_t>(1, (tokens + most - 1) / most);
   const std::int64_t even = (tokens + chunks - 1) / chunks;
   return std::min(tokens, (even + kRowsMultiple - 1) / kRowsMultiple * kRowsMultiple);

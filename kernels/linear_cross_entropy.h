@@ -33,8 +33,8 @@ void linear_cross_entropy_backward(const Tensor& g, const Tensor& at_one, const 
                                    bool accumulate = false);
 
 // Tokens of a chunk: equal chunks of a multiple of 64, whose logits take no more than about 100 MiB
-// or, where that is more, a quarter of W: below, adding to dW for every chunk would cost more than
-// the products.
+// or, where that is more, a quarter of W (below, adding to dW for every chunk would cost more than
+// the products) or 256 rows (below, W is read so often that the products wait for it).
 std::int64_t linear_cross_entropy_rows(std::int64_t tokens, std::int64_t width,
                                        std::int64_t vocabulary, DType dtype);
 

@@ -13,6 +13,9 @@ namespace reprise::kernels::cpu {
 struct MatmulCut {
   std::int64_t rows, across, columns, depth;
   bool turn_a;  // the task copies its part of a transposed A to rows first
+  // bf16 with a long K: the task copies its part of A first, so that operands are dense, and adds
+  // up in f32 over parts of K.
+  bool deep;
 };
 MatmulCut matmul_cut(const TileShape& product);
 
