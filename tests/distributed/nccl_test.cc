@@ -6,10 +6,14 @@
 
 #include <gtest/gtest.h>
 
+#include "autograd/elementwise.h"
+#include "autograd/reduce.h"
+#include "autograd/tape.h"
 #include "core/cuda_device.h"
 #include "core/philox.h"
 #include "distributed/comm_nccl.h"
 #include "distributed/rank_tree.h"
+#include "distributed/reducer.h"
 #include "tests/distributed/nccl_stand_in.h"
 
 namespace reprise::testing {
@@ -384,6 +388,38 @@ TEST(Nccl, WhoCarriesTheIdentifier) {
   EXPECT_EQ(id[3], 7);
   world->abort("gone");
   EXPECT_EQ((*nccl_share(two, world.get()))(id).message(), "[communicator] rank 0 failed: gone");
+}
+
+// Gradients of two ranks with different data, through the reducer as it is.
+TEST(Nccl, CarriesTheReducer) {
+  constexpr std::int64_t kWidth = 24;
+  Job job;
+  job.options = [](int rank) { return Options{.busy_polls = 1 + rank}; };
+  std::vector<std::vector<float>> first(2), second(2);
+  job.expect_clean(job.run([&](Communicator& world) {
+    const auto rank = static_cast<std::size_t>(world.rank());
+    Parameter a("a", Tensor::full({kWidth}, DType::f32, 2)),
+        b("b", Tensor::full({kWidth}, DType::f32, 3));
+    Reducer reducer(world, {&a, &b}, {{64, 64}});
+    Tape tape;
+    for (int step = 0; step < 2; ++step) {
+      a.zero_gradient();
+      b.zero_gradient();
+      const Tape::Scope scope(tape);
+      const Variable x = values(world.rank(), kWidth, DType::f32);
+      reducer.backward(sum(mul(mul(x, a), b)));
+    }
+    first[rank] = a.gradient().to_vector<float>();
+    second[rank] = b.gradient().to_vector<float>();
+  }));
+  const Tensor total = reduced(2, kWidth, DType::f32, Reduce::sum);
+  for (std::size_t i = 0; i < kWidth; ++i) {
+    const float mean = total.data<float>()[i] / 2;
+    EXPECT_NEAR(first[0][i], 3 * mean, 1e-6);
+    EXPECT_NEAR(second[0][i], 2 * mean, 1e-6);
+  }
+  EXPECT_EQ(first[0], first[1]);
+  EXPECT_EQ(second[0], second[1]);
 }
 
 TEST(NcclLibrary, WorldOfOneOnADevice) {
