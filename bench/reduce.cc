@@ -249,6 +249,94 @@ const Tensor& gradient_of(const Reducer& reducer, const distributed::Bucket::Slo
   return reducer.parameters()[slot.parameter]->gradient();
 }
 
+// Bytes of all buckets, and how many gradients lie in one.
+std::pair<std::int64_t, std::int64_t> count_buckets(const Reducer& reducer) {
+  std::int64_t bytes = 0, in_buckets = 0;
+  for (const distributed::Bucket& bucket : reducer.buckets()) {
+    bytes += bucket.numel * static_cast<std::int64_t>(size_bytes(bucket.dtype));
+    const Tensor& first = gradient_of(reducer, bucket.slots.front());
+    for (const distributed::Bucket::Slot& slot : bucket.slots) {
+      in_buckets += gradient_of(reducer, slot).shares_storage(first) ? 1 : 0;
+    }
+  }
+  return {bytes, in_buckets};
+}
+
+// The fields of a run without delays.
+nlohmann::json measure_plain(const Options& o, train::Trainer& trainer, const nn::Batch& batch,
+                             Communicator& world) {
+  Runner runner(o, trainer, batch, world);
+  const Step first = runner.step(false);
+  const std::size_t buckets = runner.reducer.buckets().size();
+  const Overlap first_overlap = overlap_of(first.events, buckets);
+  for (int i = 1; i < o.warmup; ++i) {
+    runner.step(false);
+  }
+  std::vector<double> times, shares, busy, exposed, callbacks;
+  Step last;
+  for (int i = 0; i < o.steps; ++i) {
+    last = runner.step(false);
+    times.push_back(last.total_ms);
+    const Overlap overlap = overlap_of(last.events, buckets);
+    shares.push_back(overlap.hidden_ms / overlap.busy_ms);
+    busy.push_back(overlap.busy_ms);
+    exposed.push_back(overlap.busy_ms - overlap.hidden_ms);
+    callbacks.push_back(last.callbacks_ms);
+  }
+  const auto parameters = static_cast<std::int64_t>(trainer.parameters().size());
+  const auto [bucket_bytes, in_buckets] = count_buckets(runner.reducer);
+  const Step counted = runner.step(true);
+  const double header = check_ms(world, false, 0);
+  const double agreement = check_ms(world, true, 2 + (parameters + 63) / 64);
+  if (world.rank() == 0 && !o.log.empty()) {
+    write_log(o, runner, last, world.size());
+  }
+  return {{"first_step_overlap", first_overlap.hidden_ms / first_overlap.busy_ms},
+          {"step_ms", times},
+          {"buckets", buckets},
+          {"gradient_bytes", bucket_bytes},
+          {"overlap", median(shares)},
+          {"communication_ms", median(busy)},
+          {"exposed_ms", median(exposed)},
+          {"backward_ms_by_bucket", backward_ms_by_bucket(last.events, buckets)},
+          {"gradients_outside_buckets", parameters - in_buckets},
+          {"gradient_bytes_taken_in_a_step", counted.gradient_bytes_taken},
+          {"callbacks_ms", median(callbacks)},
+          {"header_ms", header},
+          {"agreement_ms", agreement},
+          {"checks_share", (agreement + static_cast<double>(buckets) * header) / median(times)}};
+}
+
+// The same steps with every collective held back; how much more than `plain` they take, as a whole
+// and of what their events have after backward (where compute's noise is not).
+nlohmann::json measure_delayed(const Options& o, train::Trainer& trainer, const nn::Batch& batch,
+                               Communicator& world, const nlohmann::json& plain) {
+  Delayed delayed(world, std::chrono::milliseconds(o.delay_ms));
+  Runner runner(o, trainer, batch, delayed);
+  runner.step(false);  // the layout is agreed on
+  std::vector<double> times, exposed;
+  int collectives = 0;
+  for (int i = 0; i < o.delayed_steps; ++i) {
+    const int before = delayed.collectives;
+    const Step step = runner.step(false);
+    times.push_back(step.total_ms);
+    const Overlap overlap = overlap_of(step.events, runner.reducer.buckets().size());
+    exposed.push_back(overlap.busy_ms - overlap.hidden_ms);
+    collectives = delayed.collectives - before;
+  }
+  delayed.close();
+  const double sum = static_cast<double>(collectives) * o.delay_ms;
+  const double growth = median(times) - median(plain.at("step_ms").get<std::vector<double>>());
+  const double exposed_growth = median(exposed) - plain.at("exposed_ms").get<double>();
+  return {{"delay_ms", o.delay_ms},
+          {"collectives", collectives},
+          {"step_ms", times},
+          {"growth_ms", growth},
+          {"growth_share_of_delays", growth / sum},
+          {"exposed_growth_ms", exposed_growth},
+          {"exposed_growth_share_of_delays", exposed_growth / sum}};
+}
+
 nlohmann::json measure(const Options& o, Communicator& world) {
   const auto model = build(o);
   Generator generator{1, 0};
@@ -262,90 +350,9 @@ nlohmann::json measure(const Options& o, Communicator& world) {
                         {"threads", o.threads}, {"policy", o.policy},
                         {"batch", o.batch},     {"tokens", o.tokens},
                         {"layers", o.layers},   {"mpi", distributed::mpi_library().c_str()}};
-  std::vector<double> plain;
-  std::size_t buckets = 0;
-  {
-    Runner runner(o, trainer, batch, world);
-    for (int i = 0; i < o.warmup; ++i) {
-      const Step first = runner.step(false);
-      if (i == 0) {  // overlap from the first step on
-        const Overlap overlap = overlap_of(first.events, runner.reducer.buckets().size());
-        out["first_step_overlap"] = overlap.hidden_ms / overlap.busy_ms;
-      }
-    }
-    buckets = runner.reducer.buckets().size();
-    std::vector<double> shares, busy, exposed, callbacks;
-    Step last;
-    for (int i = 0; i < o.steps; ++i) {
-      last = runner.step(false);
-      plain.push_back(last.total_ms);
-      const Overlap overlap = overlap_of(last.events, buckets);
-      shares.push_back(overlap.hidden_ms / overlap.busy_ms);
-      busy.push_back(overlap.busy_ms);
-      exposed.push_back(overlap.busy_ms - overlap.hidden_ms);
-      callbacks.push_back(last.callbacks_ms);
-    }
-    std::int64_t bucket_bytes = 0;
-    for (const distributed::Bucket& bucket : runner.reducer.buckets()) {
-      bucket_bytes += bucket.numel * static_cast<std::int64_t>(size_bytes(bucket.dtype));
-    }
-    std::int64_t in_buckets = 0;
-    for (const distributed::Bucket& bucket : runner.reducer.buckets()) {
-      const Tensor& first = gradient_of(runner.reducer, bucket.slots.front());
-      for (const distributed::Bucket::Slot& slot : bucket.slots) {
-        in_buckets += gradient_of(runner.reducer, slot).shares_storage(first) ? 1 : 0;
-      }
-    }
-    const Step counted = runner.step(true);
-    const std::int64_t words =
-        2 + (static_cast<std::int64_t>(trainer.parameters().size()) + 63) / 64;
-    const double header = check_ms(world, false, 0), agreement = check_ms(world, true, words);
-    out.update(
-        {{"step_ms", plain},
-         {"buckets", buckets},
-         {"gradient_bytes", bucket_bytes},
-         {"overlap", median(shares)},
-         {"communication_ms", median(busy)},
-         {"exposed_ms", median(exposed)},
-         {"backward_ms_by_bucket", backward_ms_by_bucket(last.events, buckets)},
-         {"gradients_outside_buckets",
-          static_cast<std::int64_t>(trainer.parameters().size()) - in_buckets},
-         {"gradient_bytes_taken_in_a_step", counted.gradient_bytes_taken},
-         {"callbacks_ms", median(callbacks)},
-         {"header_ms", header},
-         {"agreement_ms", agreement},
-         {"checks_share", (agreement + static_cast<double>(buckets) * header) / median(plain)}});
-    if (world.rank() == 0 && !o.log.empty()) {
-      write_log(o, runner, last, world.size());
-    }
-  }
+  out.update(measure_plain(o, trainer, batch, world));
   if (o.delay_ms > 0) {
-    Delayed delayed(world, std::chrono::milliseconds(o.delay_ms));
-    Runner runner(o, trainer, batch, delayed);
-    runner.step(false);  // the layout is agreed on
-    std::vector<double> times, exposed;
-    int collectives = 0;
-    for (int i = 0; i < o.delayed_steps; ++i) {
-      const int before = delayed.collectives;
-      const Step step = runner.step(false);
-      times.push_back(step.total_ms);
-      const Overlap overlap = overlap_of(step.events, buckets);
-      exposed.push_back(overlap.busy_ms - overlap.hidden_ms);
-      collectives = delayed.collectives - before;
-    }
-    const double sum = static_cast<double>(collectives) * o.delay_ms;
-    // Of the whole step, and of what its events say comes after backward: compute's noise is not in
-    // the latter.
-    const double growth = median(times) - median(plain);
-    const double exposed_growth = median(exposed) - out["exposed_ms"].get<double>();
-    out["delayed"] = {{"delay_ms", o.delay_ms},
-                      {"collectives", collectives},
-                      {"step_ms", times},
-                      {"growth_ms", growth},
-                      {"growth_share_of_delays", growth / sum},
-                      {"exposed_growth_ms", exposed_growth},
-                      {"exposed_growth_share_of_delays", exposed_growth / sum}};
-    delayed.close();
+    out["delayed"] = measure_delayed(o, trainer, batch, world, out);
   }
   return out;
 }

@@ -284,7 +284,8 @@ TEST(Faults, Dead) {
   check(3, {"exit0@optimizer", {text}, 2});
   check(2, {"exit3@forward", {text}});
   check(2, {"exit3@end", {text}, 0});
-  check(3, {"exit0@end", {text}, 1, false});
+  // MPICH's mpirun alone takes a rank that left with 0 for the end of the job: ours does not.
+  check(3, {"exit0@end", {text}, 1, mpich()});
 }
 
 TEST(Faults, SlowIsOnlyAWarning) {
@@ -318,7 +319,11 @@ TEST(Supervise, StartsRanks) {
 
 TEST(Supervise, HandsOnTheExitCode) {
   const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "exit3@forward", "1"});
-  EXPECT_EQ(ended.code, 3) << ended.text;
+  if (mpich()) {  // its mpirun joins the bits of all exit codes, those of the watchdog (86) too
+    EXPECT_EQ(ended.code & 3, 3) << ended.text;
+  } else {
+    EXPECT_EQ(ended.code, 3) << ended.text;
+  }
   EXPECT_TRUE(ended.left.empty());
 }
 
