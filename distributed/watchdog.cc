@@ -23,7 +23,7 @@ constexpr milliseconds kSignalPatience(300);   // for the culprit's connection t
 constexpr milliseconds kClosePatience(700);    // for the others to end by themselves
 constexpr milliseconds kAbortPatience(2000);   // of a rank that failed, for rank 0's verdict
 constexpr milliseconds kParentPatience(4000);  // for the launcher to end
-constexpr milliseconds kPublishPause(10);
+constexpr milliseconds kPublishPause(2);
 constexpr milliseconds kOthersPatience(1000);  // of ranks 2.. who judge rank 0 after rank 1
 constexpr int kManyRanks = 64, kFewRanks = 8;
 
