@@ -207,11 +207,14 @@ void add_dry_run(CLI::App& app, Invocation& asked, const char* name, const char*
   command->add_option("CONFIG", asked.config, "A config.json, or a folder with one")->required();
   command->add_option("--batch", asked.dry.batch, "Rows")->check(from_one(1 << 20));
   command->add_option("--tokens", asked.dry.tokens, "Tokens of a row")->check(from_one(1 << 20));
-  command->add_option("--lora", asked.dry.lora_rank, "Train adapters of this rank only")
-      ->check(from_one(1 << 16));
+  CLI::Option* const lora =
+      command->add_option("--lora", asked.dry.lora_rank, "Train adapters of this rank only")
+          ->check(from_one(1 << 16));
   command->add_option("--targets", asked.dry.targets, "Of LoRA: ends of module paths")
-      ->delimiter(',');
-  command->add_flag("--dora", asked.dry.weight_decomposed, "Weight-decomposed adapters");
+      ->delimiter(',')
+      ->needs(lora);
+  command->add_flag("--dora", asked.dry.weight_decomposed, "Weight-decomposed adapters")
+      ->needs(lora);
   command->add_option("--policy", asked.dry.policy, "What segments keep")
       ->check(CLI::IsMember(Policies::names()));
   command->add_option("--dtype", asked.dry_dtype, "f32 or bf16")

@@ -80,7 +80,7 @@ struct SaveOptions {
 
 // Writes config.json and the weights, in shards when they exceed one. A folder that is there is
 // overwritten file by file; no reader sees half a file. Adapters, and what they train besides, are
-// not written (see nn/lora.h).
+// not written (see nn/lora.h); one that is merged is in the weights.
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
 
 // Those that save_model writes, in the order in which it asks for them one by one.
