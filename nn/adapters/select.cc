@@ -137,6 +137,9 @@ void check(const LoraConfig& config) {
   if (!std::isfinite(config.alpha)) {
     fail("lora", "alpha must be a number, got {}", config.alpha);
   }
+  if (config.b_bias && config.weight_decomposed) {
+    fail("lora", "lora_bias cannot be on together with use_dora");
+  }
   if (config.bias != "none" && config.bias != "all" && config.bias != "lora_only") {
     fail("lora", "bias must be none, all or lora_only, got \"{}\"", config.bias);
   }
@@ -228,6 +231,11 @@ std::vector<NamedModule> select_targets(Model& model, const LoraConfig& config, 
   }
   expect_hits(config.ranks, targets, "rank_pattern");
   expect_hits(config.alphas, targets, "alpha_pattern");
+  for (const NamedModule& entry : targets) {
+    if (config.b_bias && dynamic_cast<Linear*>(entry.module) == nullptr) {
+      fail("lora", "lora_bias is for linear layers: {} is an embedding", entry.path);
+    }
+  }
   return targets;
 }
 
