@@ -81,6 +81,28 @@ bool place(std::vector<ShardUnit::Slot>& slots, int ranks, std::int64_t slice, s
   return true;
 }
 
+bool in_segment(const std::vector<std::int64_t>& places) {
+  return std::ranges::any_of(places, [](std::int64_t place) { return place > 0; });
+}
+
+// Elements that one segment reads alone, at most; without segments, the largest parameter's.
+std::int64_t largest_segment(std::span<Parameter* const> parameters,
+                             const std::vector<std::vector<std::int64_t>>& places) {
+  std::map<std::int64_t, std::int64_t> elements;
+  std::int64_t largest = 0;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const std::int64_t numel = parameters[i]->shape().numel();
+    if (places[i].size() == 1 && in_segment(places[i])) {
+      elements[places[i][0]] += numel;
+    }
+    largest = std::max(largest, numel);
+  }
+  for (const auto& [place, of_segment] : elements) {
+    largest = place == elements.begin()->first ? of_segment : std::max(largest, of_segment);
+  }
+  return largest;
+}
+
 }  // namespace
 
 ForwardReads record_reads(std::span<Parameter* const> parameters,
@@ -132,17 +154,27 @@ std::vector<ShardUnit> shard_units(std::span<Parameter* const> parameters,
       order.push_back(i);
     }
   }
+  const std::int64_t limit = largest_segment(parameters, places);
   using Key = std::tuple<std::vector<std::int64_t>, DType, DType, bool>;
-  std::map<Key, std::size_t> numbers;
+  struct Group {
+    std::size_t unit = 0;
+    std::int64_t elements = 0;
+  };
+  std::map<Key, Group> groups;
   std::vector<ShardUnit> units;
   for (const std::size_t i : order) {
     const Parameter& p = *parameters[i];
+    const std::int64_t elements = p.shape().numel();
     const auto [found, fresh] =
-        numbers.try_emplace(Key{places[i], p.dtype(), p.grad_dtype(), p.trainable()}, units.size());
-    if (fresh) {
+        groups.try_emplace(Key{places[i], p.dtype(), p.grad_dtype(), p.trainable()});
+    Group& group = found->second;
+    const bool full = !in_segment(places[i]) && group.elements + elements > limit;
+    if (fresh || full) {
+      group = {units.size(), 0};
       units.push_back({p.dtype(), p.grad_dtype(), p.trainable(), 0, {}});
     }
-    units[found->second].slots.push_back({i, 0, p.shape().numel()});
+    group.elements += elements;
+    units[group.unit].slots.push_back({i, 0, elements});
   }
   for (ShardUnit& unit : units) {
     std::ranges::sort(unit.slots, {}, &ShardUnit::Slot::parameter);

@@ -2,9 +2,11 @@
 //
 // A unit is what one segment reads: parameters that the same segments read (innermost ones, or
 // stretches between segments) in a forward, of one dtype, trainable or not. So a block of a stack
-// is a unit, an embedding another, and a weight that is tied over two places a third. The values of
-// a unit lie in one flat buffer of N * slice elements, N ranks; rank r's shard is [r * slice,
-// (r + 1) * slice). No copy is needed to gather it, and at most a few elements are padding.
+// is a unit, an embedding another, and a weight that is tied over two places a third. What is read
+// outside of segments (by a frozen tower, say, which opens none) is cut into units of at most what
+// the largest segment reads, or one parameter. The values of a unit lie in one flat buffer of N *
+// slice elements, N ranks; rank r's shard is [r * slice, (r + 1) * slice). No copy is needed to
+// gather it, and at most a few elements are padding.
 #pragma once
 
 #include <cstddef>
