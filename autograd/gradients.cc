@@ -1,5 +1,6 @@
 #include "autograd/gradients.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "autograd/parameter_sweep.h"
@@ -8,7 +9,7 @@
 namespace reprise {
 
 ParameterGradients::ParameterGradients(SweepPlan& plan, const BackwardOptions& options)
-    : plan_(plan.plan), options_(options) {
+    : sweep_(plan), plan_(plan.plan), options_(options) {
   for (const Ready& ready : plan_.order) {
     Parameter& p = *ready.parameter;
     if (!Parameter::Sweep::begin(p)) {
@@ -40,11 +41,15 @@ ParameterGradients::~ParameterGradients() {
 
 ParameterGradients::State& ParameterGradients::touch(Parameter& p) {
   const auto it = states_.find(&p);
-  ensure(it != states_.end() && it->second.left > 0,
-         "parameter {} got a contribution that was not expected", p.name());
+  if (it == states_.end() || it->second.left <= 0) {
+    ensure(false, "parameter {} got a contribution that was not expected; {}", p.name(),
+           describe(p));
+  }
   State& state = it->second;
   if (!std::exchange(state.touched, true)) {
-    if (state.had_gradient && options_.undo) {
+    if (!state.had_gradient) {
+      Parameter::Sweep::bind_to_host(p);
+    } else if (options_.undo) {
       state.undo = Parameter::Sweep::present(p).clone(MemoryKind::gradients);
     }
   }
@@ -109,9 +114,21 @@ void ParameterGradients::contributed(Parameter& p, State& state) {
   fire(p);
 }
 
+// Whom the plan expects, and how much of it came.
+std::string ParameterGradients::describe(const Parameter& p) const {
+  const auto it = states_.find(const_cast<Parameter*>(&p));
+  const std::vector<Contribution> all = sweep_.contributions();
+  const auto expected =
+      std::ranges::count(all, &p, [](const Contribution& c) { return c.parameter; });
+  const auto seen = it == states_.end() ? 0 : expected - it->second.left;
+  return fmt::format("expected {} and seen {} of {}", expected, seen, contributors(all, p));
+}
+
 void ParameterGradients::fire(Parameter& p) {
-  ensure(fired_ < plan_.order.size() && plan_.order[fired_].parameter == &p,
-         "parameter {} became ready out of the announced order, at place {}", p.name(), fired_);
+  if (fired_ >= plan_.order.size() || plan_.order[fired_].parameter != &p) {
+    ensure(false, "parameter {} became ready out of the announced order, at place {}; {}", p.name(),
+           fired_, describe(p));
+  }
   ++fired_;
   Parameter::Sweep::ready(p);
   if (options_.on_ready) {
@@ -129,8 +146,11 @@ void ParameterGradients::start() {
 }
 
 void ParameterGradients::finish() {
-  ensure(fired_ == plan_.order.size(), "{} of {} parameters became ready", fired_,
-         plan_.order.size());
+  if (fired_ != plan_.order.size()) {
+    const Parameter& p = *plan_.order[fired_].parameter;
+    ensure(false, "{} of {} parameters became ready; the first that did not is {}: {}", fired_,
+           plan_.order.size(), p.name(), describe(p));
+  }
   finished_ = true;
 }
 

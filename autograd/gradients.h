@@ -44,6 +44,9 @@ class ParameterGradients {
   void contributed(Parameter& p, State& state);
   void fire(Parameter& p);
 
+  std::string describe(const Parameter& p) const;
+
+  const SweepPlan& sweep_;
   const Plan& plan_;
   const BackwardOptions& options_;
   std::unordered_map<Parameter*, State> states_;

@@ -43,6 +43,8 @@ struct SweepPlan {
   std::vector<Parameter*> never_read;               // announced, and not read in the sweep at all
   Plan plan;
 
+  std::vector<Contribution> contributions() const;
+
  private:
   void check(std::span<const Variable> losses, std::span<const Variable> wrt,
              const BackwardOptions& options) const;
@@ -51,10 +53,13 @@ struct SweepPlan {
   void find_last_reads();
   void order(const BackwardOptions& options);
   void announce_last_reads();
+  void list_reads();
   void expect_all_reached() const;
 
   TapeState& tape_;
+  std::vector<const Parameter*> parameter_losses_;
   std::vector<char> may_run_;
+  std::vector<std::vector<std::int32_t>> runs_;  // by segment: what its replay may run, descending
 };
 
 }  // namespace reprise

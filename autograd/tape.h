@@ -56,6 +56,9 @@ class Tape {
     Policies policies_before_;
   };
   static Tape* current();
+  // The innermost open segment, numbered from 1 in the order in which they are opened until the
+  // tape is reset; 0 outside of segments.
+  std::int64_t open_segment() const;
   const Policies& policies() const;
 
   TapeState& state() { return *state_; }
@@ -110,10 +113,28 @@ struct Ready {
   std::int64_t last_read;  // record after which its data may change; -1: not read any more
 };
 
+// A term of a parameter's gradient.
+struct Contribution {
+  const Parameter* parameter;
+  std::int64_t record;  // -1: the parameter is a loss itself
+  std::string op;       // of the record
+  std::string segment;  // that it is in, from the outermost: "block.3/attention"; "" outside
+};
+
 struct Plan {
   std::vector<Ready> order;           // in the order of on_ready; expected == 0 first
   std::vector<Parameter*> unreached;  // of BackwardOptions::parameters, trainable, expected 0
+  // With BackwardOptions::list_reads: what replays and backwards read, in that order, frozen
+  // parameters too; one that is read several times in a row is there once. Where a handle of the
+  // user's spares a replay some records it holds their reads all the same.
+  std::vector<Parameter*> reads;
+  // In the order of the sweep. Valid during the sweep, whatever has run of it.
+  std::function<std::vector<Contribution>()> contributions;
 };
+
+// The terms of one parameter for a message: "2 contributions: mul (record 7, segment block.3),
+// ..."; the first 8.
+std::string contributors(std::span<const Contribution> all, const Parameter& parameter);
 
 struct BackwardOptions {
   // The tape and its values stay for another backward.
@@ -122,6 +143,7 @@ struct BackwardOptions {
   std::vector<double> scale;
   // Given, the plan covers them all, and names those that the losses do not reach.
   std::span<Parameter* const> parameters;
+  bool list_reads = false;
   // A trainable parameter of those that the losses do not reach is an Error that names them all,
   // thrown before on_plan.
   bool reach_all = false;

@@ -8,30 +8,9 @@
 #include <string_view>
 
 #include "distributed/communicator.h"
+#include "distributed/hash.h"
 
 namespace reprise::distributed {
-
-// FNV-1a: the same on every machine.
-class Hash {
- public:
-  Hash& add(std::string_view text) {
-    for (const char c : text) {
-      byte(static_cast<unsigned char>(c));
-    }
-    return add(text.size());
-  }
-  Hash& add(std::uint64_t x) {
-    for (int i = 0; i < 8; ++i) {
-      byte(static_cast<unsigned char>(x >> (8 * i)));
-    }
-    return *this;
-  }
-  std::uint64_t value() const { return value_; }
-
- private:
-  void byte(unsigned char b) { value_ = (value_ ^ b) * 0x100000001b3u; }
-  std::uint64_t value_ = 0xcbf29ce484222325u;
-};
 
 // Of one size, sent as it lies in memory.
 struct Header {

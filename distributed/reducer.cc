@@ -1,38 +1,14 @@
 #include "distributed/reducer.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cstring>
 #include <utility>
 
 #include "core/parallel.h"
-#include "distributed/disagreement.h"
+#include "kernels/accumulate.h"
 
 namespace reprise::distributed {
 namespace {
-
-// FNV-1a: the same on every machine.
-class Hash {
- public:
-  Hash& add(std::string_view text) {
-    for (const char c : text) {
-      byte(static_cast<unsigned char>(c));
-    }
-    return add(text.size());
-  }
-  Hash& add(std::uint64_t x) {
-    for (int i = 0; i < 8; ++i) {
-      byte(static_cast<unsigned char>(x >> (8 * i)));
-    }
-    return *this;
-  }
-  std::uint64_t value() const { return value_; }
-
- private:
-  void byte(unsigned char b) { value_ = (value_ ^ b) * 0x100000001b3u; }
-  std::uint64_t value_ = 0xcbf29ce484222325u;
-};
 
 void divide(const Tensor& data, double divisor) {
   if (divisor == 1.0 || data.is_meta()) {
@@ -53,41 +29,13 @@ void divide(const Tensor& data, double divisor) {
   }
 }
 
-Tensor host_words(std::int64_t count) {
-  return Tensor::zeros({count}, DType::i64, cpu, MemoryKind::communication);
-}
-
-// The or of all ranks' hashes and the or of all complements are complements of each other only when
-// all hashes are equal.
-void set_hash(const Tensor& words, std::uint64_t hash) {
-  words.data<std::int64_t>()[0] = std::bit_cast<std::int64_t>(hash);
-  words.data<std::int64_t>()[1] = std::bit_cast<std::int64_t>(~hash);
-}
-bool same_hash(const Tensor& words) {
-  return words.data<std::int64_t>()[0] == ~words.data<std::int64_t>()[1];
-}
-
-// What every rank has, at the place of its number.
-std::vector<std::int64_t> gather(Communicator& communicator, std::span<const std::int64_t> mine,
-                                 const char* what) {
-  const auto count = static_cast<std::int64_t>(mine.size());
-  const Tensor in = host_words(count), out = host_words(count * communicator.size());
-  std::ranges::copy(mine, in.data<std::int64_t>());
-  communicator.all_gather(in, out, {what}).wait();
-  return out.to_vector<std::int64_t>();
-}
-
-// values[r] of a text that fits into 160 bytes.
-std::vector<std::string> gather_text(Communicator& communicator, const std::string& mine) {
-  std::array<std::int64_t, 20> words{};
-  std::memcpy(words.data(), mine.data(), std::min(mine.size(), sizeof words - 1));
-  const std::vector<std::int64_t> all = gather(communicator, words, "explain a difference: text");
-  std::vector<std::string> texts;
-  for (int r = 0; r < communicator.size(); ++r) {
-    texts.emplace_back(
-        reinterpret_cast<const char*>(all.data() + static_cast<std::size_t>(r) * words.size()));
+void check_options(const ReducerOptions& options, int ranks) {
+  if (options.shards < 0 || options.shards % ranks != 0) {
+    fail("reducer", "shards must be a multiple of the {} ranks, got {}", ranks, options.shards);
   }
-  return texts;
+  if (options.shards > 0 && options.compress) {
+    fail("reducer", "with shards gradients cannot be compressed: bits would depend on the ranks");
+  }
 }
 
 }  // namespace
@@ -96,96 +44,26 @@ Reducer::Reducer(Communicator& communicator, std::vector<Parameter*> parameters,
                  ReducerOptions options)
     : communicator_(communicator),
       parameters_(std::move(parameters)),
-      options_(options),
+      options_(std::move(options)),
       states_(parameters_.size()) {
+  check_options(options_, communicator_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    if (!index_.emplace(parameters_[i], i).second) {
-      fail("reducer", "parameter {} is in the list twice", parameters_[i]->name());
+    const Parameter& p = *parameters_[i];
+    if (!index_.emplace(&p, i).second) {
+      fail("reducer", "parameter {} is in the list twice", p.name());
     }
-    if (const DType dtype = parameters_[i]->grad_dtype();
-        dtype != DType::f32 && dtype != DType::bf16) {
-      fail("reducer", "the gradient of {} must be f32 or bf16, got {}", parameters_[i]->name(),
-           reprise::name(dtype));
+    const DType dtype = p.grad_dtype();
+    if (dtype != DType::f32 && (dtype != DType::bf16 || options_.shards > 0)) {
+      fail("reducer", "the gradient of {} must be f32{}, got {}", p.name(),
+           options_.shards > 0 ? " to be added over shards" : " or bf16", reprise::name(dtype));
     }
   }
-  // The length of later agreements depends on the list, so that this one has a fixed length.
-  const std::uint64_t hash = state_hash();
-  words_ = host_words(2);
-  set_hash(words_, hash);
-  communicator_.agree(words_, {"parameters of the reducer"}).wait();
-  if (!same_hash(words_)) {
-    explain("making the reducer");
-  }
+  start_agreement(false);
+  finish_agreement();
+  made_ = true;
 }
 
 Reducer::~Reducer() = default;
-
-std::string Reducer::signature(std::size_t i) const {
-  const Parameter& p = *parameters_[i];
-  return fmt::format("{} {} {}{}", p.name(), reprise::name(p.grad_dtype()), to_string(p.shape()),
-                     p.trainable() ? "" : " frozen");
-}
-
-std::uint64_t Reducer::signatures_hash() const {
-  Hash hash;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    hash.add(signature(i));
-  }
-  return hash.value();
-}
-
-std::uint64_t Reducer::state_hash() const {
-  return Hash()
-      .add(static_cast<std::uint64_t>(step_))
-      .add(signatures_hash())
-      .add(static_cast<std::uint64_t>(options_.buckets.first_bucket_bytes))
-      .add(static_cast<std::uint64_t>(options_.buckets.bucket_bytes))
-      .add(std::bit_cast<std::uint64_t>(options_.divisor))
-      .value();
-}
-
-void Reducer::explain(const char* when) {
-  const std::array<const char*, 5> names{"step", "first bucket's bytes", "bucket bytes", "divisor",
-                                         "number of parameters"};
-  const std::array<std::int64_t, 5> mine{
-      step_, options_.buckets.first_bucket_bytes, options_.buckets.bucket_bytes,
-      std::bit_cast<std::int64_t>(options_.divisor), static_cast<std::int64_t>(parameters_.size())};
-  const auto ranks = static_cast<std::size_t>(communicator_.size());
-  const std::vector<std::int64_t> all = gather(communicator_, mine, "explain a difference");
-  auto stop = [&](const std::string& what, const std::string& text) {
-    const std::string why = fmt::format("[reducer] ranks disagree at {}: {}: {}", when, what, text);
-    communicator_.disagree(why);
-    throw CommunicatorError(why);
-  };
-  for (std::size_t field = 0; field < names.size(); ++field) {
-    std::vector<std::string> values;
-    for (std::size_t r = 0; r < ranks; ++r) {
-      const std::int64_t value = all[r * names.size() + field];
-      values.push_back(field == 3 ? fmt::format("{}", std::bit_cast<double>(value))
-                                  : std::to_string(value));
-    }
-    if (const std::string text = disagreement(values); !text.empty()) {
-      stop(names[field], text);
-    }
-  }
-  std::vector<std::int64_t> hashes;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    hashes.push_back(std::bit_cast<std::int64_t>(Hash().add(signature(i)).value()));
-  }
-  const std::vector<std::int64_t> all_hashes =
-      gather(communicator_, hashes, "explain a difference: parameters");
-  for (std::size_t i = 0; i < hashes.size(); ++i) {
-    bool equal = true;
-    for (std::size_t r = 1; r < ranks; ++r) {
-      equal = equal && all_hashes[r * hashes.size() + i] == all_hashes[i];
-    }
-    if (!equal) {
-      const std::vector<std::string> texts = gather_text(communicator_, signature(i));
-      stop(fmt::format("parameter {}", i), disagreement(texts));
-    }
-  }
-  throw InternalError("reducer: hashes of the ranks differ, but nothing that they cover");
-}
 
 std::size_t Reducer::index_of(const Parameter& p) const {
   const auto it = index_.find(&p);
@@ -195,14 +73,47 @@ std::size_t Reducer::index_of(const Parameter& p) const {
   return it->second;
 }
 
+Tensor Reducer::slot_of(std::size_t i) const {
+  const ParameterState& state = states_[i];
+  const Bucket::Slot& slot = buckets_[state.bucket].slots[state.slot];
+  return bucket_states_[state.bucket]
+      .data.slice(0, slot.offset, slot.offset + slot.numel)
+      .reshape(parameters_[i]->shape());
+}
+
 void Reducer::log(ReducerEvent::Kind kind, std::size_t index) {
   events_.push_back({kind, 0, index, Clock::now()});
 }
 
-void Reducer::attach(BackwardOptions& options) {
+// For the message of a broken invariant.
+std::string Reducer::describe(std::size_t i) const {
+  const ParameterState& state = states_[i];
+  return fmt::format("parameter {} (bucket {}): expected to be ready once, seen {} times; {}",
+                     parameters_[i]->name(), state.bucket, state.ready,
+                     contributors(contributions_, *parameters_[i]));
+}
+
+void Reducer::expect_idle() const {
   if (phase_ == Phase::sweeping) {
     fail("reducer", "finish() was not called after the backward of step {}, or that one failed",
          step_);
+  }
+}
+
+template <class F>
+void Reducer::guarded(F&& f) {
+  try {
+    f();
+  } catch (const std::exception& e) {
+    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
+    throw;
+  }
+}
+
+void Reducer::attach(BackwardOptions& options) {
+  expect_idle();
+  if (update_ && options.keep) {
+    fail("reducer", "a tape that is kept reads values that an early update would change");
   }
   phase_ = Phase::attached;
   if (options.parameters.empty()) {
@@ -215,23 +126,30 @@ void Reducer::attach(BackwardOptions& options) {
     }
   };
   options.on_ready = [this, next = std::move(options.on_ready)](Parameter& p) {
-    became_ready(p);
     if (next) {
       next(p);
     }
+    became_ready(p);
   };
+  if (update_) {
+    options.on_last_read = [this, next = std::move(options.on_last_read)](Parameter& p) {
+      if (next) {
+        next(p);
+      }
+      not_read_any_more(p);
+    };
+  }
 }
 
 void Reducer::attach_accumulation(BackwardOptions& options) {
-  if (phase_ == Phase::sweeping) {
-    fail("reducer", "finish() was not called after the backward of step {}, or that one failed",
-         step_);
-  }
+  expect_idle();
+  phase_ = Phase::attached_accumulation;
   if (options.parameters.empty()) {
     options.parameters = parameters_;
   }
   options.on_plan = [this, next = std::move(options.on_plan)](const Plan& plan) {
-    ensure_layout(plan);
+    expect_shard(/*last=*/false);
+    ensure_layout(&plan);
     note_uses(plan);
     if (next) {
       next(plan);
@@ -239,15 +157,22 @@ void Reducer::attach_accumulation(BackwardOptions& options) {
   };
 }
 
+void Reducer::finish_accumulation() {
+  if (phase_ != Phase::attached_accumulation) {
+    fail("reducer", "finish_accumulation() belongs after attach_accumulation()");
+  }
+  if (options_.shards > 0) {
+    store_shard();
+  }
+  phase_ = Phase::idle;
+}
+
 void Reducer::backward(std::span<const Variable> losses, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach(options);
     reprise::backward(losses, options);
     finish();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+  });
 }
 
 void Reducer::backward(const Variable& loss, BackwardOptions options) {
@@ -255,161 +180,99 @@ void Reducer::backward(const Variable& loss, BackwardOptions options) {
 }
 
 void Reducer::accumulate(std::span<const Variable> losses, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach_accumulation(options);
     reprise::backward(losses, options);
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+    finish_accumulation();
+  });
 }
 
 void Reducer::accumulate(const Variable& loss, BackwardOptions options) {
   accumulate({&loss, 1}, std::move(options));
 }
 
+void Reducer::add_tokens(std::int64_t count) {
+  if (count < 0 || own_tokens_ + count >= std::int64_t{1} << 61) {
+    fail("reducer", "tokens of a step must be 0 or more, got {} after {}", count, own_tokens_);
+  }
+  own_tokens_ += count;
+  tokens_counted_ = true;
+}
+
+void Reducer::update_early(std::function<void(std::span<Parameter* const>)> update) {
+  if (phase_ != Phase::idle) {
+    fail("reducer", "an early update cannot be changed in a step");
+  }
+  update_ = std::move(update);
+}
+
 void Reducer::note_uses(const Plan& plan) {
+  for (ParameterState& state : states_) {
+    state.expected = 0;
+    state.planned = false;
+  }
   for (const Ready& ready : plan.order) {
     ParameterState& state = states_[index_of(*ready.parameter)];
+    state.planned = true;
     state.expected = ready.expected;
-    state.touched = state.touched || ready.expected > 0;
+    if (ready.expected > 0 && !std::exchange(state.touched, true)) {
+      state.carried = state.reduced && ready.parameter->has_gradient();
+    }
   }
 }
 
 void Reducer::begin(const Plan& plan) {
+  if (options_.mean == Mean::tokens && !tokens_counted_) {
+    fail("reducer", "no tokens were counted since the last reduction: call add_tokens()");
+  }
+  expect_shard(/*last=*/true);
   events_.clear();
   log(ReducerEvent::Kind::plan, 0);
-  for (ParameterState& state : states_) {
-    state.expected = state.ready = 0;
-  }
-  for (BucketState& bucket : bucket_states_) {
-    bucket.pending = {};
-  }
-  ensure_layout(plan);
+  ensure_layout(&plan);
   note_uses(plan);
+  contributions_ = plan.contributions();
+  start_reduction(/*done=*/false);
+  for (std::size_t i = 0; i < states_.size(); ++i) {
+    if (states_[i].active && !states_[i].planned) {
+      count_ready(i);  // the caller's plan covers other parameters
+    }
+  }
+}
+
+void Reducer::start_reduction(bool done) {
   for (std::size_t i = 0; i < states_.size(); ++i) {
     ParameterState& state = states_[i];
-    const bool left = parameters_[i]->has_gradient() && !state.reduced;
+    const Parameter& p = *parameters_[i];
+    const bool left = p.has_gradient() && !state.reduced;
     state.used = state.active && (state.touched || left);
+    state.carried = state.touched ? state.carried : state.reduced && p.has_gradient();
+    state.ready = 0;
+    state.read_last = false;
   }
-  start_agreement();
+  start_agreement(done);
   contribute_unused();
-  next_bucket_ = ready_count_ = 0;
+  next_bucket_ = next_update_ = ready_count_ = 0;
   for (std::size_t b = 0; b < buckets_.size(); ++b) {
-    bucket_states_[b].left = buckets_[b].slots.size();
+    BucketState& bucket = bucket_states_[b];
+    bucket.left = bucket.read = buckets_[b].slots.size();
+    bucket.launches = 0;
+    bucket.settled = false;
+    bucket.pending = {};
   }
   phase_ = Phase::sweeping;
-}
-
-void Reducer::ensure_layout(const Plan& plan) {
-  for (const Ready& ready : plan.order) {
-    index_of(*ready.parameter);
-  }
-  const std::uint64_t signature = signatures_hash();
-  if (layout_signature_ == signature) {
-    return;
-  }
-  // Other ranks must be here too before the order is sent.
-  for (ParameterState& state : states_) {
-    state.used = false;
-  }
-  start_agreement();
-  finish_agreement();
-  std::vector<std::int32_t> order;
-  std::vector<char> placed(parameters_.size());
-  for (const Ready& ready : plan.order) {
-    const std::size_t i = index_of(*ready.parameter);
-    if (ready.parameter->trainable()) {
-      order.push_back(static_cast<std::int32_t>(i));
-      placed[i] = 1;
-    }
-  }
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    if (placed[i] == 0 && parameters_[i]->trainable()) {
-      order.push_back(static_cast<std::int32_t>(i));
-    }
-  }
-  const Tensor shared = Tensor::from(order, {static_cast<std::int64_t>(order.size())});
-  communicator_.broadcast(shared, 0, {"order of the buckets"}).wait();
-  bind_buckets(shared.to_vector<std::int32_t>());
-  layout_signature_ = signature;
-}
-
-void Reducer::bind_buckets(std::span<const std::int32_t> order) {
-  std::vector<BucketEntry> entries;
-  for (const std::int32_t i : order) {
-    const auto index = static_cast<std::size_t>(i);
-    entries.push_back(
-        {index, parameters_[index]->value().numel(), parameters_[index]->grad_dtype()});
-  }
-  buckets_ = lay_out(entries, options_.buckets);
-  bucket_states_.assign(buckets_.size(), {});
-  for (ParameterState& state : states_) {
-    state.active = false;
-  }
-  active_count_ = order.size();
-  for (std::size_t b = 0; b < buckets_.size(); ++b) {
-    const Bucket& bucket = buckets_[b];
-    const Device device = parameters_[bucket.slots[0].parameter]->value().device();
-    bucket_states_[b].data =
-        Tensor::zeros({bucket.numel}, bucket.dtype, device, MemoryKind::gradients);
-    for (std::size_t s = 0; s < bucket.slots.size(); ++s) {
-      const std::size_t i = bucket.slots[s].parameter;
-      states_[i].active = true;
-      states_[i].bucket = b;
-      states_[i].slot = s;
-      parameters_[i]->bind_gradient(slot_of(i));
-    }
-  }
-}
-
-Tensor Reducer::slot_of(std::size_t i) const {
-  const ParameterState& state = states_[i];
-  const Bucket::Slot& slot = buckets_[state.bucket].slots[state.slot];
-  return bucket_states_[state.bucket]
-      .data.slice(0, slot.offset, slot.offset + slot.numel)
-      .reshape(parameters_[i]->shape());
-}
-
-void Reducer::start_agreement() {
-  const std::uint64_t hash = state_hash();
-  words_ = host_words(2 + (std::ssize(parameters_) + 63) / 64);
-  set_hash(words_, hash);
-  std::int64_t* bits = words_.data<std::int64_t>() + 2;
-  for (std::size_t i = 0; i < states_.size(); ++i) {
-    if (states_[i].used) {
-      bits[i / 64] |= std::int64_t{1} << (i % 64);
-    }
-  }
-  agreed_ = false;
-  agreement_ = communicator_.agree(words_, {"state before a step"});
-}
-
-void Reducer::finish_agreement() {
-  if (std::exchange(agreed_, true)) {
-    return;
-  }
-  agreement_.wait();
-  if (!same_hash(words_)) {
-    explain(fmt::format("step {}", step_).c_str());
-  }
-}
-
-bool Reducer::used_anywhere(std::size_t i) const {
-  return (words_.data<std::int64_t>()[2 + i / 64] >> (i % 64) & 1) != 0;
 }
 
 void Reducer::contribute_unused() {
   for (std::size_t i = 0; i < states_.size(); ++i) {
     ParameterState& state = states_[i];
     state.before = Tensor();
-    if (!state.active || state.used) {
+    const Parameter& p = *parameters_[i];
+    if (!state.active || (state.used && options_.shards == 0)) {
       continue;
     }
-    const Parameter& p = *parameters_[i];
     if (p.has_gradient()) {
       state.before = p.gradient().clone(MemoryKind::gradients);
-    } else {
+    } else if (state.expected == 0) {
       slot_of(i).zero();
     }
   }
@@ -418,60 +281,108 @@ void Reducer::contribute_unused() {
 void Reducer::became_ready(Parameter& p) {
   const std::size_t i = index_of(p);
   ParameterState& state = states_[i];
-  ensure(phase_ == Phase::sweeping && state.active,
-         "reducer: parameter {} became ready outside of a reduced backward", p.name());
   ++state.ready;
-  ensure(state.ready == 1, "reducer: parameter {} became ready {} times in one backward", p.name(),
-         state.ready);
+  if (phase_ != Phase::sweeping || !state.active || state.ready != 1) {
+    ensure(false, "reducer: in step {} {}", step_, describe(i));
+  }
   log(ReducerEvent::Kind::ready, i);
+  count_ready(i);
+  if (state.expected > 0) {  // at the beginning the other ranks are not waited for
+    launch_ready();
+    update_what_can_be();
+  }
+}
+
+void Reducer::count_ready(std::size_t i) {
+  ParameterState& state = states_[i];
+  state.ready = 1;
   ++ready_count_;
   BucketState& bucket = bucket_states_[state.bucket];
-  ensure(bucket.left > 0, "reducer: bucket {} has no parameter left to become ready", state.bucket);
+  ensure(bucket.left > 0, "reducer: bucket {} has no parameter left to become ready: {}",
+         state.bucket, describe(i));
   --bucket.left;
-  launch_ready();
+}
+
+void Reducer::not_read_any_more(Parameter& p) {
+  const auto it = index_.find(&p);
+  if (it == index_.end() || !states_[it->second].active ||
+      std::exchange(states_[it->second].read_last, true)) {
+    return;
+  }
+  --bucket_states_[states_[it->second].bucket].read;
+  update_what_can_be();
 }
 
 void Reducer::launch_ready() {
   while (next_bucket_ < buckets_.size() && bucket_states_[next_bucket_].left == 0) {
     finish_agreement();  // nothing is sent before the ranks are known to agree
-    BucketState& bucket = bucket_states_[next_bucket_];
-    log(ReducerEvent::Kind::launch, next_bucket_);
-    bucket.pending = communicator_.all_reduce(bucket.data, Reduce::sum,
-                                              {"gradients", static_cast<int>(next_bucket_)});
-    ++next_bucket_;
+    launch(next_bucket_++);
   }
 }
 
-void Reducer::finish() {
-  if (phase_ != Phase::sweeping) {
-    fail("reducer", "finish() belongs after a backward with the options of attach()");
-  }
-  log(ReducerEvent::Kind::swept, 0);
-  ensure(ready_count_ == active_count_, "reducer: {} of {} parameters became ready", ready_count_,
-         active_count_);
-  ensure(next_bucket_ == buckets_.size(), "reducer: {} of {} buckets were launched", next_bucket_,
-         buckets_.size());
-  finish_agreement();
-  const double divisor =
-      options_.divisor != 0 ? options_.divisor : static_cast<double>(communicator_.size());
-  for (BucketState& bucket : bucket_states_) {
-    bucket.pending.wait();
-  }
-  for (std::size_t i = 0; i < states_.size(); ++i) {
-    settle(i, divisor);
-  }
-  collect_events();
-  phase_ = Phase::idle;
-  ++step_;
-}
-
-void Reducer::settle(std::size_t i, double divisor) {
-  ParameterState& state = states_[i];
-  if (!state.active) {
+void Reducer::launch(std::size_t b) {
+  BucketState& bucket = bucket_states_[b];
+  ++bucket.launches;
+  ensure(bucket.launches == 1, "reducer: bucket {} was launched {} times in step {}, expected 1", b,
+         bucket.launches, step_);
+  log(ReducerEvent::Kind::launch, b);
+  if (options_.shards > 0) {
+    launch_shards(b);
     return;
   }
+  const bool packed = options_.compress && bucket.data.dtype() == DType::f32;
+  if (packed) {
+    bucket.sent = Tensor::empty(bucket.data.shape(), DType::bf16, bucket.data.device(),
+                                MemoryKind::communication);
+    kernels::cast(bucket.data, bucket.sent);
+  }
+  bucket.pending = communicator_.all_reduce(packed ? bucket.sent : bucket.data, Reduce::sum,
+                                            {"gradients", static_cast<int>(b)});
+}
+
+double Reducer::divisor() const {
+  if (options_.divisor != 0) {
+    return options_.divisor;
+  }
+  if (options_.mean == Mean::tokens) {
+    return static_cast<double>(std::max<std::int64_t>(1, tokens_));
+  }
+  if (options_.shards > 0) {
+    return options_.shards;
+  }
+  return options_.divide_by_live ? live_ : communicator_.size();
+}
+
+void Reducer::settle(std::size_t b) {
+  BucketState& bucket = bucket_states_[b];
+  ensure(bucket.launches == 1 && !bucket.settled,
+         "reducer: bucket {} was launched {} times and settled {} times in step {}, expected once "
+         "and not yet; its first parameter is {}",
+         b, bucket.launches, bucket.settled ? 1 : 0, step_,
+         parameters_[buckets_[b].slots[0].parameter]->name());
+  bucket.pending.wait();
+  bucket.settled = true;
+  if (options_.shards > 0) {
+    settle_shards(b);
+  } else if (bucket.sent.defined()) {
+    kernels::cast(bucket.sent, bucket.data);
+  }
+  bucket.sent = bucket.gathered = Tensor();
+  for (const Bucket::Slot& slot : buckets_[b].slots) {
+    settle_parameter(slot.parameter, divisor());
+  }
+}
+
+void Reducer::settle_parameter(std::size_t i, double divisor) {
+  ParameterState& state = states_[i];
   Parameter& p = *parameters_[i];
   if (used_anywhere(i)) {
+    if (state.carried && divisor != communicator_.size()) {
+      fail("reducer",
+           "the gradient of {} of an earlier reduction was not zeroed: it can be added to only "
+           "where sums over {} ranks are divided by {}, not by {}",
+           p.name(), communicator_.size(), communicator_.size(), divisor);
+    }
     divide(slot_of(i), divisor);
     p.set_gradient_present();
   } else if (state.before.defined()) {
@@ -480,6 +391,104 @@ void Reducer::settle(std::size_t i, double divisor) {
   state.before = Tensor();
   state.reduced = true;
   state.touched = false;
+}
+
+void Reducer::update_what_can_be() {
+  while (update_ && next_update_ < next_bucket_ && bucket_states_[next_update_].read == 0 &&
+         bucket_states_[next_update_].pending.done()) {
+    settle(next_update_);
+    update(next_update_++);
+  }
+}
+
+void Reducer::update(std::size_t b) {
+  std::vector<Parameter*> parameters;
+  for (const Bucket::Slot& slot : buckets_[b].slots) {
+    parameters.push_back(parameters_[slot.parameter]);
+  }
+  update_(parameters);
+  log(ReducerEvent::Kind::update, b);
+}
+
+void Reducer::finish() {
+  if (phase_ != Phase::sweeping) {
+    fail("reducer", "finish() belongs after a backward with the options of attach()");
+  }
+  log(ReducerEvent::Kind::swept, 0);
+  expect_all_ready();
+  finish_reduction();
+}
+
+void Reducer::expect_all_ready() const {
+  for (std::size_t i = 0; i < states_.size(); ++i) {
+    if (states_[i].active && states_[i].ready != 1) {
+      ensure(false, "reducer: {} of {} parameters became ready in step {}; {}", ready_count_,
+             active_count_, step_, describe(i));
+    }
+  }
+  ensure(ready_count_ == active_count_, "reducer: {} of {} parameters became ready in step {}",
+         ready_count_, active_count_, step_);
+}
+
+void Reducer::finish_reduction() {
+  finish_agreement();
+  launch_ready();
+  ensure(next_bucket_ == buckets_.size(), "reducer: {} of {} buckets were launched", next_bucket_,
+         buckets_.size());
+  for (; next_update_ < buckets_.size(); ++next_update_) {
+    settle(next_update_);
+    if (update_) {
+      update(next_update_);
+    }
+  }
+  for (const BucketState& bucket : bucket_states_) {
+    ensure(bucket.settled && bucket.pending.done(), "reducer: a bucket is in flight after step {}",
+           step_);
+  }
+  collect_events();
+  choose_order();
+  contributions_.clear();
+  own_tokens_ = 0;
+  tokens_counted_ = false;
+  shards_done_ = 0;
+  shard_sums_.clear();
+  phase_ = Phase::idle;
+  ++step_;
+}
+
+bool Reducer::join() {
+  bool live = false;
+  guarded([&] {
+    expect_idle();
+    if (options_.shards > 0) {
+      fail("reducer", "with shards every rank has data in every step");
+    }
+    events_.clear();
+    plan_ = 0;
+    plan_order_.clear();
+    if (!ensure_layout(nullptr)) {
+      return;
+    }
+    for (ParameterState& state : states_) {
+      state.expected = 0;
+    }
+    // Micro-batches that were accumulated still count.
+    const bool none = std::ranges::none_of(states_, &ParameterState::touched);
+    start_reduction(none && own_tokens_ == 0);
+    finish_agreement();
+    live = live_ > 0;
+    if (!live) {
+      phase_ = Phase::idle;
+      return;
+    }
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      if (states_[i].active) {
+        count_ready(i);
+      }
+    }
+    finish_reduction();
+  });
+  return live;
 }
 
 void Reducer::collect_events() {

@@ -71,14 +71,31 @@ void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed
   fmt::print("\n\n");
 }
 
-// Ranks draw from places of the stream that are far apart.
-Generator data_generator(const DemoOptions& options, int rank) {
-  return {options.seed + 1, static_cast<std::uint64_t>(rank) << 40};
-}
+// What a rank draws from: one generator a shard, or its own.
+class Shards {
+ public:
+  Shards(const DemoOptions& options, const distributed::Communicator& ranks) {
+    const int count = options.shards > 0 ? options.shards / ranks.size() : 1;
+    for (int s = 0; s < count; ++s) {  // at places of the stream that are far apart
+      generators_.push_back(
+          {options.seed + 1, static_cast<std::uint64_t>(ranks.rank() * count + s) << 40});
+    }
+  }
+  std::vector<nn::Batch> draw(const ByteData& data) {
+    std::vector<nn::Batch> batches;
+    for (Generator& generator : generators_) {
+      batches.push_back(data.draw(generator));
+    }
+    return batches;
+  }
+
+ private:
+  std::vector<Generator> generators_;
+};
 
 void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
            distributed::Communicator& ranks) {
-  Generator order = data_generator(options, ranks.rank());
+  Shards shards(options, ranks);
   // Rank 0 has printed meanwhile: the others' clocks start when it is here.
   all_reduce_value(ranks, 0, distributed::Reduce::max, "start of training");
   Progress progress(options.quiet || ranks.rank() != 0);
@@ -87,10 +104,10 @@ void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
   std::int64_t tokens = 0;
   for (double fraction = 0; fraction < 1;) {
     const double own =
-        trainer.step(data.draw(order), learning_rate(options.learning_rate, fraction));
+        trainer.step(shards.draw(data), learning_rate(options.learning_rate, fraction), 1);
     const double loss =
         all_reduce_value(ranks, own, distributed::Reduce::sum, "loss") / ranks.size();
-    tokens += ranks.size() * data.batch() * kTokens;
+    tokens += kBatch * kTokens;
     smooth = trainer.steps() == 1 ? loss : 0.95 * smooth + 0.05 * loss;
     // The ranks' clocks differ; they must stop together.
     fraction = all_reduce_value(ranks, std::min(1.0, elapsed_s(start) / options.seconds),
@@ -144,6 +161,11 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
     return absl::InvalidArgumentError(
         fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks));
   }
+  if (options.shards != 0 && (kBatch % options.shards != 0 || options.shards % ranks != 0)) {
+    return absl::InvalidArgumentError(fmt::format(
+        "--shards must divide the batch of {} and be a multiple of the {} rank{}, got {}", kBatch,
+        ranks, ranks == 1 ? "" : "s", options.shards));
+  }
   const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
 }
@@ -158,27 +180,34 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
       {"learning rate", fmt::format("{}", options.learning_rate)},
       {"bytes of text", std::to_string(text->size())},
       {"hash of the text", std::to_string(distributed::Hash().add(*text).value())},
+      {"shards", std::to_string(options.shards)},
       {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
   require_same(ranks, settings, "the start of the demo");
-  const ByteData data(*text, kBatch / ranks.size(), kTokens);
+  const ByteData data(*text, kBatch / std::max(ranks.size(), options.shards), kTokens);
   const auto model = demo_model(cpu);
   const auto meta_model = demo_model(meta);
   Generator generator{options.seed, 0};
   model->initialize(generator);
   Trainer trainer(*model, generator, {{}, 1.0, Policies::named(options.policy)});
   std::optional<distributed::Reducer> reducer;
-  if (ranks.size() > 1) {
-    reducer.emplace(ranks, trainer.parameters());
+  auto reduce = [&](int shards) {
+    reducer.emplace(ranks, trainer.parameters(), distributed::ReducerOptions{.shards = shards});
     trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
     trainer.hooks.after = [&] { reducer->finish(); };
+    trainer.hooks.before_accumulation = [&](BackwardOptions& backward) {
+      reducer->attach_accumulation(backward);
+    };
+    trainer.hooks.after_accumulation = [&] { reducer->finish_accumulation(); };
+  };
+  if (ranks.size() > 1 || options.shards > 0) {
+    reduce(options.shards);
     if (ranks.rank() != 0) {
       trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
     }
   }
   const bool prints = ranks.rank() == 0;
   if (!options.gradients_out.empty()) {
-    Generator order = data_generator(options, ranks.rank());
-    trainer.forward_backward(data.draw(order));
+    trainer.forward_backward(Shards(options, ranks).draw(data), 1);
     return prints ? write_gradients(trainer.parameters(), options.gradients_out) : absl::OkStatus();
   }
   const double before = validation_loss(trainer, data);
@@ -190,6 +219,13 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     std::fflush(stdout);
   }
   learn(trainer, data, options, ranks);
+  if (options.shards > 0) {
+    if (prints) {
+      fmt::print("{} shards, {} on each rank: {} more memory for their sums.\n", options.shards,
+                 options.shards / ranks.size(), human_bytes(reducer->shard_bytes()));
+    }
+    reduce(0);  // the table's sweeps are single ones
+  }
   const double after = validation_loss(trainer, data);
   if (prints) {
     fmt::print("Validation loss after: {:.4f}\n", after);

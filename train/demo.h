@@ -21,6 +21,7 @@ struct DemoOptions {
   std::string gradients_out;           // write one step's gradients there (safetensors) and end
   double learning_rate = 1e-3;         // the highest, after the warmup
   std::uint64_t seed = 1;
+  int shards = 0;  // of the batch, each its own sweep: every number of ranks gives the same bits
   bool quiet = false;  // no progress line
 };
 

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string_view>
 #include <vector>
 
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/philox.h"
+#include "distributed/sharding.h"
 #include "nn/models/model.h"
 #include "nn/optimizer/adamw.h"
 
@@ -30,6 +32,9 @@ struct TrainerOptions {
 struct SweepHooks {
   std::function<void(BackwardOptions&)> before;
   std::function<void()> after;
+  // Instead of these around a micro-batch that is not the last of its step.
+  std::function<void(BackwardOptions&)> before_accumulation;
+  std::function<void()> after_accumulation;
   // Once, with the trainable parameters that the loss does not reach; empty: a line to standard
   // error.
   std::function<void(const std::vector<Parameter*>&)> unreached;
@@ -37,9 +42,11 @@ struct SweepHooks {
 
 class Trainer {
  public:
-  // The model's trainable parameters are the optimizer's. `generator` feeds its dropout. Both must
-  // outlive the trainer. Throws Error when everything is frozen.
-  Trainer(nn::Model& model, Generator& generator, TrainerOptions options);
+  // The model's trainable parameters are the optimizer's, or with `sharding`, made of the model's
+  // parameters, this rank's parts of them. `generator` feeds its dropout. All must outlive the
+  // trainer. Throws Error when everything is frozen.
+  Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
+          distributed::Sharding* sharding = nullptr);
 
   // What happens around backward, for reduction over ranks.
   SweepHooks hooks;
@@ -50,6 +57,10 @@ class Trainer {
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
+  // The same with several micro-batches, whose gradients add up: each loss counts `scale`. Returns
+  // the mean of the losses.
+  double step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale);
+  double forward_backward(std::span<const nn::Batch> micro_batches, double scale);
   // Loss without gradients, in evaluation mode. Throws Diverged.
   double evaluate(const nn::Batch& batch);
 
@@ -59,15 +70,19 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
+  double sweep(const nn::Batch& batch, double scale, bool last);
   void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.
   double clip_scale();
+  double global_norm();
+  void zero_gradients();
   [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
                                        double loss, std::string_view when);
 
   nn::Model& model_;
   Generator& generator_;
   TrainerOptions options_;
+  distributed::Sharding* const sharding_;
   std::vector<Parameter*> parameters_;
   nn::AdamW optimizer_;
   Tape tape_;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cctype>
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "core/error.h"
@@ -51,6 +52,7 @@ AdamW::AdamW(std::span<const Group> groups, const AdamWOptions& options) : optio
       if (!names.insert(p->name()).second) {
         fail("adamw", "parameter {} is given twice", p->name());
       }
+      index_.emplace(p, parameters_.size());
       parameters_.push_back(p);
       slots_.emplace_back().decay = group.weight_decay;
     }
@@ -80,7 +82,27 @@ AdamW::Slot AdamW::fresh_slot(const Parameter& p, double decay) const {
 }
 
 void AdamW::step(double learning_rate, double gradient_scale) {
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+  std::vector<std::size_t> all(parameters_.size());
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  step_slots(all, learning_rate, gradient_scale);
+}
+
+void AdamW::step_some(std::span<Parameter* const> parameters, double learning_rate,
+                      double gradient_scale) {
+  std::vector<std::size_t> which;
+  for (const Parameter* p : parameters) {
+    const auto it = index_.find(p);
+    if (it == index_.end()) {
+      fail("adamw", "parameter {} is not the optimizer's", p == nullptr ? "null" : p->name());
+    }
+    which.push_back(it->second);
+  }
+  step_slots(which, learning_rate, gradient_scale);
+}
+
+void AdamW::step_slots(std::span<const std::size_t> which, double learning_rate,
+                       double gradient_scale) {
+  for (const std::size_t i : which) {
     const Parameter& p = *parameters_[i];
     if (is_zeroed(p)) {
       continue;
@@ -98,7 +120,7 @@ void AdamW::step(double learning_rate, double gradient_scale) {
   kernels::adamw({}, settings);  // its checks, before a state or a version changes
   std::vector<kernels::AdamWTensor> tensors;
   std::vector<std::pair<std::size_t, Slot>> stepped;  // slots take effect when the step has
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+  for (const std::size_t i : which) {
     const Parameter& p = *parameters_[i];
     if (is_zeroed(p)) {
       continue;

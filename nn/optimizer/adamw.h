@@ -15,6 +15,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -47,6 +48,10 @@ class AdamW {
   // Throws Error, before anything is changed, when a gradient is stale, when a setting is not a
   // number in its range, or when a value was written by someone else after its master was made.
   void step(double learning_rate, double gradient_scale = 1);
+  // The same for some of the parameters: any partition of them, in any order, gives the bits of one
+  // step. Throws Error for one that is not the optimizer's.
+  void step_some(std::span<Parameter* const> parameters, double learning_rate,
+                 double gradient_scale = 1);
   void zero_gradients();
 
   // The masters are copied from the values again, after somebody has written these.
@@ -74,10 +79,12 @@ class AdamW {
   DType state_dtype(const Parameter& p) const;
   bool has_master(const Parameter& p) const;
   Slot fresh_slot(const Parameter& p, double decay) const;
+  void step_slots(std::span<const std::size_t> which, double learning_rate, double gradient_scale);
 
   AdamWOptions options_;
   std::vector<Parameter*> parameters_;
   std::vector<Slot> slots_;
+  std::unordered_map<const Parameter*, std::size_t> index_;
 };
 
 // Whether weight decay is left out by name: biases and norms, as Hugging Face's Trainer has it

@@ -103,6 +103,40 @@ TEST(AdamWOptimizer, WithoutAGradientNothingMoves) {
   EXPECT_FALSE(p->has_gradient() || q->has_gradient());
 }
 
+// As gradients arrive: some of the parameters, then the others, in another order.
+TEST(AdamWOptimizer, StepsInPartsHaveTheBitsOfOne) {
+  std::vector<std::vector<float>> results[2];
+  for (const bool parts : {false, true}) {
+    const auto p = parameter("p", {1, 2}), q = parameter("q.bias", {3}), r = parameter("r", {0.5});
+    AdamW optimizer({p.get(), q.get(), r.get()}, {.weight_decay = 0.5});
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_gradients();
+      square_backward(*p);
+      square_backward(*q);
+      if (parts) {
+        Parameter* last[] = {r.get(), q.get()};  // r has no gradient
+        optimizer.step_some(last, 0.1, 0.5);
+        Parameter* first[] = {p.get()};
+        optimizer.step_some(first, 0.1, 0.5);
+      } else {
+        optimizer.step(0.1, 0.5);
+      }
+    }
+    for (const Parameter* each : {p.get(), q.get(), r.get()}) {
+      results[parts ? 1 : 0].push_back(each->value().to_vector<float>());
+    }
+    const auto other = parameter("other", {1});
+    Parameter* stranger[] = {other.get()};
+    try {
+      optimizer.step_some(stranger, 0.1);
+      FAIL();
+    } catch (const Error& e) {
+      EXPECT_STREQ(e.what(), "[adamw] parameter other is not the optimizer's");
+    }
+  }
+  EXPECT_EQ(results[0], results[1]);
+}
+
 TEST(AdamWOptimizer, GroupsDecayOnTheirOwn) {
   const auto p = parameter("a.weight", {1}), q = parameter("a.bias", {1});
   const std::vector<Parameter*> both = {p.get(), q.get()};

@@ -1,5 +1,6 @@
 #include "train/trainer.h"
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -96,6 +97,32 @@ TEST(Trainer, AGradientThatIsNotFiniteStopsBeforeTheUpdate) {
             "[train] the norm of the gradients is inf at step 1; first parameter with a non-finite "
             "gradient: model.norm.weight");
   EXPECT_EQ(norm.value().to_vector<float>(), before);
+}
+
+TEST(Trainer, MicroBatchesOfAStepAddUp) {
+  Small whole, cut;
+  Trainer one(whole.model, whole.generator, {}), two(cut.model, cut.generator, {});
+  std::vector<nn::Batch> halves(2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    const auto row = static_cast<std::int64_t>(i);
+    halves[i].ids = halves[i].labels = cut.batch.ids.slice(0, row, row + 1).clone();
+  }
+  std::vector<std::string> calls;
+  two.hooks.before = [&](BackwardOptions&) { calls.push_back("last"); };
+  two.hooks.after = [&] { calls.push_back("after last"); };
+  two.hooks.before_accumulation = [&](BackwardOptions&) { calls.push_back("one"); };
+  two.hooks.after_accumulation = [&] { calls.push_back("after one"); };
+  const double loss = one.forward_backward(whole.batch);
+  EXPECT_NEAR(two.forward_backward(halves, 0.5), loss, 1e-6);
+  EXPECT_EQ(calls, (std::vector<std::string>{"one", "after one", "last", "after last"}));
+  for (std::size_t p = 0; p < one.parameters().size(); ++p) {
+    const auto expected = one.parameters()[p]->gradient().to_vector<float>();
+    const auto got = two.parameters()[p]->gradient().to_vector<float>();
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      ASSERT_NEAR(got[i], expected[i], 5e-5 + 1.3e-6 * std::abs(expected[i]));
+    }
+  }
+  EXPECT_THROW(two.step(std::span<const nn::Batch>(), 1e-3, 1), Error);
 }
 
 TEST(Trainer, EverythingFrozenIsANamedError) {

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "core/parallel.h"
+#include "tests/distributed/conformance/net.h"
 #include "tests/distributed/mpi/world.h"
 #include "train/launch.h"
 
@@ -16,6 +17,10 @@ std::unique_ptr<distributed::Communicator> the_world;
 
 distributed::Communicator& world() {
   return *the_world;
+}
+
+void on_ranks(const std::function<void(distributed::Communicator&)>& body) {
+  body(world());
 }
 
 int run(int argc, char** argv) {

@@ -212,6 +212,9 @@ TEST(Reducer, EventsOfTheFirstStep) {
           EXPECT_EQ(launched[e.index], 1);
           ++complete[e.index];
           break;
+        case Kind::update:
+          ADD_FAILURE() << "nobody asked for updates";
+          break;
         case Kind::swept:
           swept = e.sequence;
           break;

@@ -54,6 +54,25 @@ TEST(RanksDemo, TheGradientsOfAStepAreThoseOfEveryPolicy) {
   EXPECT_TRUE(testing::contents(folder.at("nested")) == testing::contents(folder.at("keep-all")));
 }
 
+// A batch cut into shards: the same bits on 1, 2 and 4 ranks.
+TEST(RanksDemo, ShardsGiveTheSameGradientsOnEveryNumberOfRanks) {
+  const Folder folder;
+  for (const std::string ranks : {"1", "2", "4"}) {
+    const Outcome outcome = run_program("--ranks " + ranks + " demo --quiet --shards 4 " +
+                                        "--gradients-out " + folder.at(ranks));
+    ASSERT_EQ(outcome.code, 0) << outcome.text;
+  }
+  EXPECT_TRUE(testing::contents(folder.at("1")) == testing::contents(folder.at("2")));
+  EXPECT_TRUE(testing::contents(folder.at("1")) == testing::contents(folder.at("4")));
+  const Outcome outcome = run_program("--ranks 2 demo --shards 3");
+  EXPECT_NE(outcome.code, 0);
+  EXPECT_NE(
+      outcome.text.find("--shards must divide the batch of 8 and be a multiple of the 2 ranks, "
+                        "got 3"),
+      std::string::npos)
+      << outcome.text;
+}
+
 TEST(RanksDemo, ALossThatIsNotFiniteEndsEveryRank) {
   const Outcome outcome = run_program("--ranks 2 demo --quiet --seconds 60 --learning-rate 1e60");
   EXPECT_EQ(outcome.code, 2) << outcome.text;
