@@ -69,6 +69,10 @@ if(REPRISE_CUDA)
   foreach(layer core kernels)
     target_link_libraries(reprise_${layer} PRIVATE CUDA::cudart_static)
   endforeach()
+  target_link_libraries(reprise_kernels PRIVATE CUDA::cublasLt)
+  # Calls of a library, no kernel: the host's compiler takes all of it.
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/kernels/matmul.cu PROPERTIES
+    LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
   target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()

@@ -1,7 +1,7 @@
 // LoRA on a model folder: adapters on some layers, the rest frozen, every block a segment. Nothing
 // has to be "enabled" for the gradients to arrive through a frozen embedding.
 //
-//   lora [--model DIR] [--text FILE] [--out DIR] [--steps N]
+//   lora [--model DIR] [--text FILE] [--out DIR] [--steps N] [--targets NAME,NAME]
 //
 // Tokens are bytes here, so the model needs a vocabulary of at least 256; without --model a small
 // random one is made and saved first.
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include <unistd.h>
 
@@ -43,11 +44,13 @@ absl::Status make_small_model(const std::string& folder) {
 int main(int argc, char** argv) {
   std::string folder, file, out;
   int steps = 30;
+  std::vector<std::string> targets{"q_proj", "v_proj", "down_proj"};
   CLI::App app("Fine-tune a model folder with LoRA.");
   app.add_option("--model", folder, "A model folder (config.json and safetensors)");
   app.add_option("--text", file, "A UTF-8 text");
   app.add_option("--out", out, "Where the adapter goes, in PEFT's form");
   app.add_option("--steps", steps);
+  app.add_option("--targets", targets, "Layers that get an adapter")->delimiter(',');
   CLI11_PARSE(app, argc, argv);
 
   const auto scratch =
@@ -78,8 +81,7 @@ int main(int argc, char** argv) {
     return complain(model.status());
   }
   Generator generator{/*seed=*/1};
-  const nn::LoraConfig config{
-      .rank = 8, .alpha = 16, .targets = {{"q_proj", "v_proj", "down_proj"}, ""}};
+  const nn::LoraConfig config{.rank = 8, .alpha = 16, .targets = {targets, ""}};
   nn::add_lora(**model, config, generator);
   const train::ByteData data(text, /*batch=*/4, /*tokens=*/64);
   train::TrainerOptions options;

@@ -77,6 +77,15 @@ double checked_items(const char* operation, const Tensor& labels, std::int64_t v
   return options.items > 0 ? options.items : static_cast<double>(valid);
 }
 
+#if defined(REPRISE_HAS_CUDA)
+static void cuda_cross_entropy(const LogitRows& rows, float* lse, float* losses, const Tensor& loss,
+                               double items) {
+  void* const stream = cuda_stream(loss.device());
+  cuda::cross_entropy_rows(rows, lse, losses, stream);
+  cuda::mean_of_losses(losses, rows.rows, items, loss.data<float>(), stream);
+}
+#endif
+
 void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, const Tensor& lse,
                    const CrossEntropyOptions& options) {
   constexpr const char* op = "cross_entropy";
@@ -90,10 +99,9 @@ void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, co
   }
   if (x.device().kind == DeviceKind::cuda) {
     [[maybe_unused]] const bool any = labels.numel() > 0;
-    REPRISE_CUDA_SIDE(op, cuda::cross_entropy(rows_of(x, stride, labels, options.ignore_index),
-                                              any ? lse.data<float>() : nullptr,
-                                              any ? losses.data<float>() : nullptr,
-                                              loss.data<float>(), items, cuda_stream(x.device())));
+    REPRISE_CUDA_SIDE(op, cuda_cross_entropy(rows_of(x, stride, labels, options.ignore_index),
+                                             any ? lse.data<float>() : nullptr,
+                                             any ? losses.data<float>() : nullptr, loss, items));
     return;
   }
   double total = 0;

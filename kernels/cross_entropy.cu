@@ -1,63 +1,7 @@
-#include "kernels/cross_entropy_sides.h"
-#include "kernels/matrix.cuh"
+#include "kernels/cross_entropy.cuh"
 
 namespace reprise::kernels::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-
-// e^x; 0 below 2^-100, which no sum beside a 1 can tell: no gradient is subnormal.
-__device__ __forceinline__ float probability(float x) {
-  return x < -69.3147181f ? 0.0f : expf(x);
-}
-
-// A NaN is passed over: the sum finds it.
-__device__ __forceinline__ float block_max(float value) {
-  __shared__ float of_warp[kThreads / 32];
-  for (int lane = 16; lane > 0; lane /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, lane));
-  }
-  if (threadIdx.x % 32 == 0) {
-    of_warp[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  float max = of_warp[0];
-  for (int warp = 1; warp < kThreads / 32; ++warp) {
-    max = fmaxf(max, of_warp[warp]);
-  }
-  return max;
-}
-
-// The sum of exp(x - max) of a thread's columns, and their maximum. While there is nothing but -inf
-// the sum is 0.
-struct Partial {
-  float max, sum;
-};
-__device__ __forceinline__ Partial partial_of(const Matrix& x, std::int64_t row,
-                                              std::int64_t width) {
-  Partial part{-INFINITY, 0.0f};
-  for (std::int64_t column = threadIdx.x * kRun; column < width; column += kThreads * kRun) {
-    const int count = width - column < kRun ? static_cast<int>(width - column) : kRun;
-    const Run run = load_run(x, row, column, count);
-    float top = part.max;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      top = i < count ? fmaxf(top, run.at[i]) : top;
-    }
-    if (top > part.max) {
-      part.sum *= part.max == -INFINITY ? 1.0f : probability(part.max - top);
-      part.max = top;
-    }
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (i < count) {
-        const float value = run.at[i];
-        part.sum += value == -INFINITY ? 0.0f : probability(value - part.max);
-      }
-    }
-  }
-  return part;
-}
 
 // A block takes a row.
 __global__ void __launch_bounds__(kThreads) rows_kernel(LogitRows x, float* lses, float* losses) {
@@ -66,15 +10,13 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(LogitRows x, float* lses
   const Matrix logits{x.at, x.dtype, x.row_stride};
   float lse = 0.0f, loss = 0.0f;
   if (label != x.ignore_index) {  // the same for all threads
-    const Partial part = partial_of(logits, row, x.vocabulary);
-    const float max = block_max(part.max);
-    const float sum = block_sum<kThreads>(
-        part.max == -INFINITY ? part.sum : part.sum * probability(part.max - max));
-    lse = max + logf(sum);
+    lse = row_lse(x, row);
     loss = lse - load_one(logits, row, label);
   }
   if (threadIdx.x == 0) {
-    lses[row] = lse;
+    if (lses != nullptr) {
+      lses[row] = lse;
+    }
     losses[row] = loss;
   }
 }
@@ -114,30 +56,25 @@ struct Gradient {
       return;
     }
     const float lse = lses[row], factor = static_cast<float>(static_cast<double>(*g) / items);
-    Run run = load_run({x.at, x.dtype, x.row_stride}, row, column, count);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      // Not the exponential less 1: that cancels where the label is nearly certain.
-      run.at[i] =
-          factor * (column + i == label ? expm1f(run.at[i] - lse) : probability(run.at[i] - lse));
-      // Of an infinite lse the differences need not be NaN.
-      run.at[i] += lse - lse;
-    }
+    const Run logits = load_run({x.at, x.dtype, x.row_stride}, row, column, count);
+    const Run run = gradient_run(logits, column, label, lse, factor);
     store_run(dx, row, column, count, run, accumulate);
   }
 };
 
 }  // namespace
 
-void cross_entropy(const LogitRows& x, float* lse, float* losses, float* loss, double items,
-                   void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
+void cross_entropy_rows(const LogitRows& x, float* lse, float* losses, void* stream) {
   if (x.rows > 0) {
-    launch("cross_entropy", rows_kernel, {dim3(static_cast<unsigned>(x.rows)), dim3(kThreads)}, on,
-           x, lse, losses);
+    launch("cross_entropy", rows_kernel, {dim3(static_cast<unsigned>(x.rows)), dim3(kThreads)},
+           static_cast<cudaStream_t>(stream), x, lse, losses);
   }
-  launch("cross_entropy_mean", mean_kernel, {dim3(1), dim3(kThreads)}, on, losses, x.rows, items,
-         loss);
+}
+
+void mean_of_losses(const float* losses, std::int64_t rows, double items, float* loss,
+                    void* stream) {
+  launch("cross_entropy_mean", mean_kernel, {dim3(1), dim3(kThreads)},
+         static_cast<cudaStream_t>(stream), losses, rows, items, loss);
 }
 
 void cross_entropy_gradient(const LogitRows& x, const float* lse, const float* g, double items,

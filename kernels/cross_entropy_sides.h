@@ -39,12 +39,17 @@ void cross_entropy_in_place(const LogitRows& x, float factor, float* losses);
 
 // In order of the stream.
 namespace cuda {
-// losses [rows] is workspace; loss is their sum over items.
-void cross_entropy(const LogitRows& x, float* lse, float* losses, float* loss, double items,
-                   void* stream);
+// lse [rows], losses [rows]: 0 where ignored. lse may be null.
+void cross_entropy_rows(const LogitRows& x, float* lse, float* losses, void* stream);
+// loss is the sum of losses [rows] over items.
+void mean_of_losses(const float* losses, std::int64_t rows, double items, float* loss,
+                    void* stream);
 // factor = g / items.
 void cross_entropy_gradient(const LogitRows& x, const float* lse, const float* g, double items,
                             void* dx, std::int64_t dx_stride, bool accumulate, void* stream);
+// Both at once; the gradient for an upstream gradient of 1 takes the place of the logits
+// (linear_cross_entropy.cu).
+void cross_entropy_in_place(const LogitRows& x, float factor, float* losses, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

@@ -1,7 +1,5 @@
 #include "kernels/dropout.h"
 
-#include <cmath>
-
 #include "core/cuda_device.h"
 #include "kernels/dropout_sides.h"
 #include "kernels/matrix.h"
@@ -20,8 +18,7 @@ void dropout(const Tensor& x, double p, std::uint64_t seed, std::uint64_t offset
   if (x.is_meta() || x.numel() == 0) {
     return;
   }
-  const auto threshold = static_cast<std::uint32_t>(std::ceil(p * 0x1p24));
-  const DropoutMask mask{seed, offset, threshold, static_cast<float>(1 / (1 - p))};
+  const DropoutMask mask = dropout_mask(p, seed, offset);
   if (x.device().kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE("dropout", cuda::dropout(from, mask, to, accumulate, merged_size({&x, &y}),
                                                cuda_stream(x.device())));

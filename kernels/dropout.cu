@@ -1,32 +1,7 @@
-#include "kernels/dropout_sides.h"
-#include "kernels/matrix.cuh"
+#include "kernels/dropout.cuh"
 
 namespace reprise::kernels::cuda {
 namespace {
-
-struct Words {
-  std::uint32_t at[4];
-};
-
-// As philox() in core/philox.h.
-__device__ __forceinline__ Words philox(std::uint64_t seed, std::uint64_t offset) {
-  std::uint32_t c0 = static_cast<std::uint32_t>(offset);
-  std::uint32_t c1 = static_cast<std::uint32_t>(offset >> 32), c2 = 0, c3 = 0;
-  std::uint32_t key0 = static_cast<std::uint32_t>(seed);
-  std::uint32_t key1 = static_cast<std::uint32_t>(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const std::uint32_t upper0 = __umulhi(0xD2511F53u, c0), lower0 = 0xD2511F53u * c0;
-    const std::uint32_t upper2 = __umulhi(0xCD9E8D57u, c2), lower2 = 0xCD9E8D57u * c2;
-    c0 = upper2 ^ c1 ^ key0;
-    c1 = lower2;
-    c2 = upper0 ^ c3 ^ key1;
-    c3 = lower0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 struct Dropout {
   Matrix x, y;
@@ -34,27 +9,8 @@ struct Dropout {
   bool accumulate;
   std::int64_t width;
   __device__ void operator()(std::int64_t row, std::int64_t column, int count) const {
-    const std::int64_t index = row * width + column;
-    const int skip = static_cast<int>(index % 4);
-    const std::uint64_t first = mask.offset + static_cast<std::uint64_t>(index / 4);
-    const Words a = philox(mask.seed, first), b = philox(mask.seed, first + 1);
-    Words c = {};
-    if (skip > 0) {
-      c = philox(mask.seed, first + 2);
-    }
-    const std::uint32_t words[12] = {a.at[0], a.at[1], a.at[2], a.at[3], b.at[0], b.at[1],
-                                     b.at[2], b.at[3], c.at[0], c.at[1], c.at[2], c.at[3]};
-    Run run = load_run(x, row, column, count);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      // Not words[i + skip]: an index that is not known puts an array into memory.
-      const std::uint32_t word = skip == 0   ? words[i]
-                                 : skip == 1 ? words[i + 1]
-                                 : skip == 2 ? words[i + 2]
-                                             : words[i + 3];
-      run.at[i] = (word >> 8) < mask.threshold ? 0.0f : run.at[i] * mask.scale;
-    }
-    store_run(y, row, column, count, run, accumulate);
+    store_run(y, row, column, count,
+              drop(mask, row * width + column, load_run(x, row, column, count)), accumulate);
   }
 };
 

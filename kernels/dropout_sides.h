@@ -1,6 +1,7 @@
 // The sides of dropout.h.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/matrix_sides.h"
@@ -12,6 +13,11 @@ struct DropoutMask {
   std::uint32_t threshold;  // words whose upper 24 bits are below it drop their element
   float scale;              // of the others
 };
+
+inline DropoutMask dropout_mask(double p, std::uint64_t seed, std::uint64_t offset) {
+  return {seed, offset, static_cast<std::uint32_t>(std::ceil(p * 0x1p24)),
+          static_cast<float>(1 / (1 - p))};
+}
 
 namespace cpu {
 void dropout(const Matrix& x, const DropoutMask& mask, const Matrix& y, bool accumulate,

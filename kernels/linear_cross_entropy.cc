@@ -4,6 +4,7 @@
 #include <string_view>
 #include <utility>
 
+#include "core/cuda_device.h"
 #include "kernels/accumulate.h"
 #include "kernels/cross_entropy_sides.h"
 #include "kernels/dispatch.h"
@@ -60,18 +61,25 @@ void check(const Tensor& x, const Tensor& w, const Tensor& labels, const Tensor&
   }
 }
 
+// Losses of the logits, and their gradient in their place when `gradient`.
+void losses_of(const LogitRows& rows, bool gradient, float factor, float* losses, Device device) {
+  if (device.kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(kOperation,
+                      gradient
+                          ? cuda::cross_entropy_in_place(rows, factor, losses, cuda_stream(device))
+                          : cuda::cross_entropy_rows(rows, nullptr, losses, cuda_stream(device)));
+    return;
+  }
+  gradient ? cpu::cross_entropy_in_place(rows, factor, losses)
+           : cpu::cross_entropy_rows(rows, nullptr, losses);
+}
+
 // The rows of one chunk, from hidden states to gradients.
 void chunk(const Tensor& x, const Tensor& w, const LogitRows& rows, const Tensor& logits,
            float factor, float* losses, const Tensor& dx, const Tensor& dw, bool first) {
   matmul(x, w, logits, {.transpose_b = true});
-  if (!dx.defined() && !dw.defined()) {
-    if (!logits.is_meta()) {
-      cpu::cross_entropy_rows(rows, nullptr, losses);
-    }
-    return;
-  }
   if (!logits.is_meta()) {
-    cpu::cross_entropy_in_place(rows, factor, losses);
+    losses_of(rows, dx.defined() || dw.defined(), factor, losses, logits.device());
   }
   if (dx.defined()) {
     matmul(logits, w, dx);
@@ -98,9 +106,6 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
                           const Tensor& loss, const Tensor& dx, const Tensor& dw,
                           const CrossEntropyOptions& options) {
   check(x, w, labels, loss, dx, dw);
-  if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(kOperation, cuda::linear_cross_entropy(x, w, labels, loss, dx, dw, options));
-  }
   const std::int64_t tokens = x.size(0), vocabulary = w.size(0);
   const double items = checked_items(kOperation, labels, vocabulary, options);
   const std::int64_t rows = linear_cross_entropy_rows(tokens, x.size(1), vocabulary, x.dtype());
@@ -138,6 +143,11 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
   if (x.is_meta()) {
     return;
   }
+  if (x.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(kOperation, cuda::mean_of_losses(losses_at, tokens, items, loss.data<float>(),
+                                                       cuda_stream(x.device())));
+    return;
+  }
   double total = 0;
   for (std::int64_t n = 0; n < tokens; ++n) {
     total += losses_at[n];
@@ -162,12 +172,14 @@ void linear_cross_entropy_backward(const Tensor& g, const Tensor& at_one, const 
   if (g.is_meta() || at_one.numel() == 0) {
     return;
   }
-  if (g.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(op, cuda::linear_cross_entropy_backward(g, at_one, gradient, accumulate));
-  }
   const std::int64_t count = at_one.numel();
-  cpu::add_scaled({at_one.raw(), at_one.dtype(), count, count, count}, g.item<float>(),
-                  gradient.dtype(), gradient.raw(), accumulate);
+  const Elements elements{at_one.raw(), at_one.dtype(), count, count, count};
+  if (g.device().kind == DeviceKind::cuda) {
+    REPRISE_CUDA_SIDE(op, cuda::add_scaled(elements, g.data<float>(), 1.0, gradient.dtype(),
+                                           gradient.raw(), accumulate, cuda_stream(g.device())));
+    return;
+  }
+  cpu::add_scaled(elements, g.item<float>(), gradient.dtype(), gradient.raw(), accumulate);
 }
 
 }  // namespace reprise::kernels

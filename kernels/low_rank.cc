@@ -1,37 +1,13 @@
 #include "kernels/low_rank.h"
 
-#include <algorithm>
-#include <functional>
 #include <string_view>
 
-#include "kernels/accumulate.h"
-#include "kernels/dispatch.h"
-#include "kernels/dropout.h"
-#include "kernels/elementwise.h"
-#include "kernels/l2_normalize.h"
-#include "kernels/matmul.h"
+#include "core/cuda_device.h"
+#include "kernels/low_rank_sides.h"
 #include "kernels/matrix.h"
 
 namespace reprise::kernels {
 namespace {
-
-// A multiple of 4: a mask has four elements to a block of random words.
-constexpr std::int64_t kChunkRows = 512;
-constexpr std::int64_t kNormRows = 128;
-
-Tensor workspace(const Shape& shape, DType dtype, Device device) {
-  return Tensor::empty(shape, dtype, device, MemoryKind::workspace);
-}
-
-// [rows, columns] of a tensor whose leading dimensions are taken together.
-Tensor as_matrix(std::string_view op, std::string_view argument, const Tensor& x) {
-  const std::int64_t stride = expect_rows(op, argument, x);
-  return x.as_view(Shape{x.shape().rows(), x.shape().back()}, {stride, 1}, x.offset());
-}
-
-Tensor rows_of(const Tensor& matrix, std::int64_t begin, std::int64_t end) {
-  return matrix.slice(0, begin, end);
-}
 
 void expect_matrix(std::string_view op, std::string_view argument, const Tensor& x,
                    std::string_view form, const Shape& shape, const Tensor& model) {
@@ -76,124 +52,85 @@ LowRankShapes check_low_rank(const Tensor& x, const Tensor& a, const Tensor& u,
   return {x.shape().rows(), a.size(1), a.size(0)};
 }
 
-// The rows of x as the product takes them: dropped, and in the dtype of A.
-void drop_rows(const Tensor& x, std::int64_t begin, const LowRankOptions& options,
-               const Tensor& to) {
+void check_gradient(std::string_view op, std::string_view argument, const LowRankGradient& gradient,
+                    std::string_view form, const Tensor& of) {
+  if (gradient.tensor.defined()) {
+    expect_trainable(op, argument, gradient.tensor);
+    expect_matrix(op, argument, gradient.tensor, form, of.shape(), of);
+    (void)expect_rows(op, argument, gradient.tensor);
+  }
+}
+
+bool on_cuda(const Tensor& x) {
+  return x.device().kind == DeviceKind::cuda;
+}
+
+// s drop(x) A^T and its gradients, but for what differs.
+[[maybe_unused]] LowRankProduct product(const LowRankShapes& size, const LowRankOptions& options) {
+  LowRankProduct product;
+  product.k = size.in;
+  product.scale = static_cast<float>(options.scale);
   if (options.probability > 0) {
-    const auto first = static_cast<std::uint64_t>(begin * x.size(1) / 4);
-    dropout(x, options.probability, options.seed, options.offset + first, to);
-  } else {
-    cast(x, to);
+    product.mask = dropout_mask(options.probability, options.seed, options.offset);
   }
+  return product;
 }
-
-// run(begin, end) over rows in chunks.
-void each_chunk(std::int64_t rows, const std::function<void(std::int64_t, std::int64_t)>& run) {
-  for (std::int64_t begin = 0; begin < rows; begin += kChunkRows) {
-    run(begin, std::min(rows, begin + kChunkRows));
-  }
-}
-
-// The gradient of a small weight as a sum over chunks: in f32, and rounded at the end.
-class ChunkedSum {
- public:
-  ChunkedSum(const LowRankGradient& to, std::int64_t rows) : to_(to), sum_(to.tensor) {
-    if (to.tensor.defined() && to.tensor.dtype() == DType::bf16 && rows > kChunkRows) {
-      sum_ = workspace(to.tensor.shape(), DType::f32, to.tensor.device());
-      apart_ = true;
-    }
-    add_ = to.accumulate && !apart_;
-    if (to.tensor.defined() && rows == 0 && !to.accumulate) {
-      to.tensor.zero();
-    }
-  }
-  bool wanted() const { return to_.tensor.defined(); }
-  // += left^T right.
-  void add(const Tensor& left, const Tensor& right) {
-    matmul(left, right, sum_, {.transpose_a = true, .accumulate = add_});
-    add_ = true;
-  }
-  void finish() {
-    if (apart_ && to_.accumulate) {
-      accumulate(to_.tensor, sum_);
-    } else if (apart_) {
-      cast(sum_, to_.tensor);
-    }
-  }
-
- private:
-  const LowRankGradient& to_;
-  Tensor sum_;
-  bool apart_ = false, add_ = false;
-};
 
 }  // namespace
 
 void low_rank(const Tensor& x, const Tensor& a, const LowRankOptions& options, const Tensor& u) {
   const LowRankShapes size = check_low_rank(x, a, u, "u");
-  const Tensor rows = as_matrix("low_rank", "x", x), result = as_matrix("low_rank", "u", u);
-  if (options.probability == 0 && x.dtype() == a.dtype()) {
-    matmul(rows, a, result, {.transpose_b = true});
-  } else {
-    const Tensor work =
-        workspace({std::min(size.rows, kChunkRows), size.in}, a.dtype(), x.device());
-    each_chunk(size.rows, [&](std::int64_t begin, std::int64_t end) {
-      const Tensor part = rows_of(work, 0, end - begin);
-      drop_rows(rows_of(rows, begin, end), begin, options, part);
-      matmul(part, a, rows_of(result, begin, end), {.transpose_b = true});
-    });
+  const Matrix from = matrix("low_rank", "x", x), weight = matrix("low_rank", "a", a),
+               to = matrix("low_rank", "u", u);
+  if (on_cuda(x)) {
+    const bool dropped = options.probability > 0;
+    LowRankProduct p = product(size, options);
+    p.m = size.rows;
+    p.n = size.rank;
+    p.left = {from, false, dropped};
+    p.right = {weight};
+    p.to = to;
+    REPRISE_CUDA_SIDE("low_rank", cuda::low_rank_product(p, cuda_stream(x.device())));
+    return;
   }
-  if (options.scale != 1) {
-    scale(u, options.scale, u);
-  }
+  cpu::low_rank(x, a, options, u);
 }
 
 void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
                        const LowRankOptions& options, const LowRankGradient& dx,
                        const LowRankGradient& da) {
+  constexpr std::string_view op = "low_rank";
   const LowRankShapes size = check_low_rank(x, a, du, "du");
-  Tensor scaled = du;
-  if (options.scale != 1) {
-    scaled = workspace(du.shape(), du.dtype(), du.device());
-    scale(du, options.scale, scaled);
-  }
-  scaled = as_matrix("low_rank", "du", scaled);
-  const bool dropped = options.probability > 0, direct = !dropped && x.dtype() == a.dtype();
-  const Tensor to = dx.tensor.defined() ? as_matrix("low_rank", "dx", dx.tensor) : Tensor();
-  if (direct && to.defined()) {
-    matmul(scaled, a, to, {.accumulate = dx.accumulate});
-  }
-  ChunkedSum sum(da, direct ? std::min(size.rows, std::int64_t{1}) : size.rows);
-  if (direct) {
-    if (sum.wanted() && size.rows > 0) {
-      sum.add(scaled, as_matrix("low_rank", "x", x));
-    }
+  check_gradient(op, "dx", dx, "[.., I]", x);
+  check_gradient(op, "da", da, "[R, I]", a);
+  if (!on_cuda(x)) {
+    cpu::low_rank_backward(du, x, a, options, dx, da);
     return;
   }
-  // On x only its layout may be read where A needs no gradient.
-  const Tensor rows = sum.wanted() ? as_matrix("low_rank", "x", x) : Tensor();
-  const Tensor work = workspace({std::min(size.rows, kChunkRows), size.in}, a.dtype(), x.device());
-  each_chunk(size.rows, [&](std::int64_t begin, std::int64_t end) {
-    const Tensor part = rows_of(work, 0, end - begin), upstream = rows_of(scaled, begin, end);
-    if (sum.wanted()) {
-      drop_rows(rows_of(rows, begin, end), begin, options, part);
-      sum.add(upstream, part);
-    }
-    if (to.defined()) {
-      const Tensor out = rows_of(to, begin, end);
-      matmul(upstream, a, part);
-      if (dropped) {
-        const auto first = static_cast<std::uint64_t>(begin * size.in / 4);
-        dropout(part, options.probability, options.seed, options.offset + first, out,
-                dx.accumulate);
-      } else if (dx.accumulate) {
-        accumulate(out, part);
-      } else {
-        cast(part, out);
-      }
-    }
-  });
-  sum.finish();
+  const bool dropped = options.probability > 0;
+  [[maybe_unused]] const Matrix upstream = matrix(op, "du", du);
+  LowRankProduct p = product(size, options);
+  p.n = size.in;
+  if (dx.tensor.defined()) {
+    p.m = size.rows;
+    p.k = size.rank;
+    p.left = {upstream};
+    p.right = {matrix(op, "a", a), true};
+    p.to = matrix(op, "dx", dx.tensor);
+    p.drop_result = dropped;
+    p.accumulate = dx.accumulate;
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(x.device())));
+  }
+  if (da.tensor.defined()) {
+    p.m = size.rank;
+    p.k = size.rows;
+    p.left = {upstream, true};
+    p.right = {matrix(op, "x", x), true, dropped};
+    p.to = matrix(op, "da", da.tensor);
+    p.drop_result = false;
+    p.accumulate = da.accumulate;
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(x.device())));
+  }
 }
 
 namespace {
@@ -215,46 +152,55 @@ std::int64_t check_add(const Tensor& y, std::string_view y_name, const Tensor& u
 
 void add_low_rank(const Tensor& y, const Tensor& u, const Tensor& b, const Tensor& z) {
   constexpr std::string_view op = "add_low_rank";
-  check_add(y, "y", u, b);
+  [[maybe_unused]] const std::int64_t rows = check_add(y, "y", u, b);
   expect_like(op, "z", z, y, "y");
   expect_same_type(op, "z", z, y);
-  if (z.is_meta() || z.raw() != y.raw()) {
-    cast(y, z);
+  LowRankProduct p;
+  p.base = matrix(op, "y", y);
+  p.to = matrix(op, "z", z);
+  p.left = {matrix(op, "u", u)};
+  p.right = {matrix(op, "b", b)};
+  if (on_cuda(y)) {
+    p.m = rows;
+    p.n = b.size(0);
+    p.k = b.size(1);
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(y.device())));
+    return;
   }
-  matmul(as_matrix(op, "u", u), b, as_matrix(op, "z", z),
-         {.transpose_b = true, .accumulate = true});
+  cpu::add_low_rank(y, u, b, z);
 }
 
 void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
                            const LowRankGradient& du, const LowRankGradient& db) {
   constexpr std::string_view op = "add_low_rank";
-  const std::int64_t count = check_add(dz, "dz", u, b);
-  const Tensor rows = as_matrix(op, "dz", dz);
-  const Tensor to = du.tensor.defined() ? as_matrix(op, "du", du.tensor) : Tensor();
-  const bool direct = dz.dtype() == b.dtype();
-  ChunkedSum sum(db, direct ? std::min(count, std::int64_t{1}) : count);
-  const Tensor left = sum.wanted() ? as_matrix(op, "u", u) : Tensor();
-  const auto step = [&](const Tensor& part, std::int64_t begin, std::int64_t end) {
-    if (to.defined()) {
-      matmul(part, b, rows_of(to, begin, end), {.accumulate = du.accumulate});
-    }
-    if (sum.wanted()) {
-      sum.add(part, rows_of(left, begin, end));
-    }
-  };
-  if (direct) {
-    if (count > 0) {
-      step(rows, 0, count);
-    }
+  [[maybe_unused]] const std::int64_t rows = check_add(dz, "dz", u, b);
+  check_gradient(op, "du", du, "[.., R]", u);
+  check_gradient(op, "db", db, "[O, R]", b);
+  const Matrix upstream = matrix(op, "dz", dz);
+  if (!on_cuda(dz)) {
+    cpu::add_low_rank_backward(dz, u, b, du, db);
     return;
   }
-  const Tensor work = workspace({std::min(count, kChunkRows), b.size(0)}, b.dtype(), dz.device());
-  each_chunk(count, [&](std::int64_t begin, std::int64_t end) {
-    const Tensor part = rows_of(work, 0, end - begin);
-    cast(rows_of(rows, begin, end), part);
-    step(part, begin, end);
-  });
-  sum.finish();
+  LowRankProduct p;
+  p.n = b.size(1);
+  if (du.tensor.defined()) {
+    p.m = rows;
+    p.k = b.size(0);
+    p.left = {upstream};
+    p.right = {matrix(op, "b", b), true};
+    p.to = matrix(op, "du", du.tensor);
+    p.accumulate = du.accumulate;
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(dz.device())));
+  }
+  if (db.tensor.defined()) {
+    p.m = b.size(0);
+    p.k = rows;
+    p.left = {upstream, true};
+    p.right = {matrix(op, "u", u), true};
+    p.to = matrix(op, "db", db.tensor);
+    p.accumulate = db.accumulate;
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(dz.device())));
+  }
 }
 
 void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b, double factor,
@@ -276,18 +222,20 @@ void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b
   if (v.dtype() != DType::f32) {
     fail(op, "v must be f32, got {}", name(v.dtype()));
   }
-  const Tensor work = workspace({std::min(out, kNormRows), in}, DType::f32, w.device());
-  const Tensor scaled = workspace(b.shape(), b.dtype(), w.device());
-  scale(b, factor, scaled);
-  for (std::int64_t begin = 0; begin < out; begin += kNormRows) {
-    const std::int64_t end = std::min(out, begin + kNormRows);
-    const Tensor part = rows_of(work, 0, end - begin);
-    matmul(rows_of(scaled, begin, end), a, part);
-    accumulate(part, in_out
-                         ? w.slice(1, begin, end).transpose(0, 1).contiguous(MemoryKind::workspace)
-                         : rows_of(w, begin, end));
-    l2_normalize(part, part, v.slice(0, begin, end));
+  LowRankProduct p;
+  p.left = {matrix(op, "b", b)};
+  p.right = {matrix(op, "a", a), true};
+  [[maybe_unused]] const Matrix base = matrix(op, "w", w);
+  if (on_cuda(w)) {
+    p.m = out;
+    p.n = in;
+    p.k = a.size(0);
+    p.scale = static_cast<float>(factor);
+    REPRISE_CUDA_SIDE(
+        op, cuda::merged_norms(base, in_out, p, v.data<float>(), cuda_stream(w.device())));
+    return;
   }
+  cpu::merged_norms(w, in_out, a, b, factor, v);
 }
 
 }  // namespace reprise::kernels

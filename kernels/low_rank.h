@@ -10,8 +10,8 @@
 // Shapes    x and dx [.., I], A [R, I], u [.., R], B [O, R], y and z [.., O]; W [O, I], or [I, O]
 //           when in_out; v [O]. Leading dimensions are rows; any size may be 0.
 // Types     x, y and z f32 or bf16. A, B and u all f32, or all bf16 where x and y are: an f32
-//           adapter widens x and dz in a workspace of 512 rows. W and gradients of A and B f32 or
-//           bf16, v f32. Sums are in f32 and rounded once.
+//           adapter widens x and dz, on the CPU in a workspace of 512 rows. W and gradients of A
+//           and B f32 or bf16, v f32. Sums are in f32 and rounded once.
 // Layout    x, dz, W rows of unit stride; the others contiguous.
 // Aliasing  z may be y. Otherwise outputs must not overlap inputs.
 // Errors    other dtypes, shapes, devices or strides.

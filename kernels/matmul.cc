@@ -2,8 +2,11 @@
 
 #include <algorithm>
 
+#include "core/cuda_device.h"
 #include "core/parallel.h"
+#include "kernels/accumulate.h"
 #include "kernels/dispatch.h"
+#include "kernels/elementwise_sides.h"
 #include "kernels/matmul_sides.h"
 
 namespace reprise::kernels {
@@ -89,6 +92,52 @@ void fill_without_product(const Tensor& c, const MatmulOptions& options, const T
   }
 }
 
+#if defined(REPRISE_HAS_CUDA)
+// Rows that lie together: with others the library might take another order of sums.
+Tensor dense(const Tensor& matrix) {
+  if (matrix.is_contiguous()) {
+    return matrix;
+  }
+  const Tensor copy =
+      Tensor::empty(matrix.shape(), matrix.dtype(), matrix.device(), MemoryKind::workspace);
+  cast(matrix, copy);
+  return copy;
+}
+
+// The library has no f32 product that gives bf16, nor a bias of another dtype than the output.
+void cuda_matmul(TileShape s, const Tensor& a, const Tensor& b, const Tensor& c,
+                 const Tensor& bias) {
+  const Device device = c.device();
+  const auto workspace = [&](const Shape& shape, DType dtype) {
+    return Tensor::empty(shape, dtype, device, MemoryKind::workspace);
+  };
+  const Tensor dense_a = dense(a), dense_b = dense(b);
+  const bool has_pair =
+      s.output == DType::f32 || (s.inputs == DType::bf16 && (!s.bias || *s.bias == DType::bf16));
+  const bool direct = has_pair && c.is_contiguous(), accumulates = s.accumulate;
+  if (!direct) {
+    s.output = DType::f32;
+    s.accumulate = false;
+  }
+  const Tensor to = direct ? c : workspace(c.shape(), s.output);
+  Tensor row = bias;
+  if (s.bias && *s.bias != s.output) {
+    row = workspace(bias.shape(), s.output);
+    cast(bias, row);
+    s.bias = s.output;
+  }
+  s.lda = s.transpose_a ? s.m : s.k;
+  s.ldb = s.transpose_b ? s.k : s.n;
+  s.ldc = s.n;
+  const Tensor own = workspace(Shape{cuda::matmul_workspace_bytes() / 4}, DType::f32);
+  cuda::matmul(s, dense_a.raw(), dense_b.raw(), to.raw(), row.defined() ? row.raw() : nullptr,
+               own.raw(), cuda_stream(device));
+  if (!direct) {
+    accumulates ? accumulate(c, to) : cast(to, c);
+  }
+}
+#endif
+
 }  // namespace
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptions& options,
@@ -101,7 +150,8 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptio
     return fill_without_product(c, options, bias);
   }
   if (c.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("matmul", cuda::matmul(a, b, c, options, bias));
+    REPRISE_CUDA_SIDE("matmul", cuda_matmul(s, a, b, c, bias));
+    return;
   }
   // The library's order of sums changes with the strides, so all are made the same.
   const Tensor dense_a = a.contiguous(MemoryKind::workspace);
@@ -137,7 +187,12 @@ void column_sums(const Tensor& x, const Tensor& sums, bool accumulate) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("column_sums", cuda::column_sums(x, sums, accumulate));
+    REPRISE_CUDA_SIDE(
+        "column_sums",
+        cuda::bias_gradient({x.numel() == 0 ? nullptr : x.raw(), x.dtype(), stride},
+                            {sums.raw(), sums.dtype(), sums.numel()}, accumulate,
+                            {x.shape().rows(), sums.numel()}, cuda_stream(x.device())));
+    return;
   }
   cpu::column_sums(x.dtype(), x.numel() == 0 ? nullptr : x.raw(), x.shape().rows(), sums.numel(),
                    stride, sums.dtype(), sums.raw(), accumulate);

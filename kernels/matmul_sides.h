@@ -35,3 +35,15 @@ void column_sums(DType dtype, const void* x, std::int64_t rows, std::int64_t col
                  std::int64_t row_stride, DType sums_dtype, void* sums, bool accumulate);
 
 }  // namespace reprise::kernels::cpu
+
+// In order of the stream. Inputs and output of one dtype, or bf16 inputs and an f32 output; a bias
+// of the output's dtype. All sizes at least 1; rows of unit stride at any distance.
+namespace reprise::kernels::cuda {
+
+// What the library may use for itself.
+std::int64_t matmul_workspace_bytes();
+
+void matmul(const TileShape& product, const void* a, const void* b, void* c, const void* bias,
+            void* workspace, void* stream);
+
+}  // namespace reprise::kernels::cuda

@@ -36,13 +36,18 @@ struct Stack {
 
 }  // namespace
 
-Variable run_blocks(std::string_view name, std::size_t count, Variable x, const RunBlock& run) {
+Variable run_blocks(std::string_view name, std::size_t count, Variable x, const RunBlock& run,
+                    const IsTrained& is_trained) {
   const Stack stack{name, run};
   const Tape* const tape = Tape::current();
-  if (count > 0 && tape != nullptr && tape->policies().nested()) {
-    return stack.halves(0, count, std::move(x));
+  std::size_t first = 0;
+  for (; first < count && !x.needs_gradient() && !is_trained(first); ++first) {
+    x = run(first, std::move(x));
   }
-  for (std::size_t i = 0; i < count; ++i) {
+  if (first < count && tape != nullptr && tape->policies().nested()) {
+    return stack.halves(first, count, std::move(x));
+  }
+  for (std::size_t i = first; i < count; ++i) {
     x = stack.one(i, std::move(x));
   }
   return x;

@@ -26,7 +26,7 @@ Variable Linear::operator()(Variable x) const {
     const auto product = [&](Variable in) {
       return linear(std::move(in), weight, {}, options_.in_out);
     };
-    return lora_->decomposed(std::move(x), product, weight, bias, options_.in_out);
+    return lora_->decomposed(std::move(x), product, product, weight, bias, options_.in_out);
   }
   Variable y = linear(x, weight, bias, options_.in_out);
   return (*lora_)(std::move(y), std::move(x));

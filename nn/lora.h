@@ -9,6 +9,7 @@
 //
 //   Linear      y = W x + b + s B(A(dropout(x))),   A [R, in], B [out, R],  s = alpha / R or
 //   Embedding   y = W[id] + s B(A[:, id])           alpha / sqrt(R)
+//   lora_bias   y += s b_B besides
 //   DoRA        y = m / |W + s B A| (W x + s B A x) + b, lengths by row (nn/adapters/config.h)
 //
 // A starts as U(-1/sqrt(in), 1/sqrt(in)), B as zeros: at first the model is unchanged and only B
@@ -54,8 +55,8 @@ void deactivate_adapters(Model& model);
 void remove_adapter(Model& model, const std::string& name);
 
 // The active adapter into its base weights: W + s B A, rounded once. Throws Error when none is
-// active, it is merged already, or it is on an embedding table that is the head too, whose two uses
-// it would change.
+// active, it is merged already, it is on an embedding table that is the head too, whose two uses it
+// would change, or it has a bias where the layer has none.
 void merge_adapter(Model& model);
 // Takes a merged one out again: up to rounding, the weights are what they were.
 void unmerge_adapter(Model& model);

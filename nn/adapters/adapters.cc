@@ -42,6 +42,7 @@ PlacedAdapter placed(const NamedModule& target, const LoraConfig& config) {
     shape.in = result.linear->in();
     shape.out = result.linear->out();
     shape.dropout = config.dropout;
+    shape.b_bias = config.b_bias;
     result.lora = std::make_unique<Lora>(shape, place);
   } else {
     shape.in = weight.shape()[0];

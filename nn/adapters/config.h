@@ -31,6 +31,8 @@ struct LoraConfig {
   // DoRA: rows of W + s B A get a trained length m, and only their direction is W's and the
   // adapter's: y = m / |W + s B A| (W x + s B A x) + b. The length is a constant to the gradient.
   bool weight_decomposed = false;
+  // B has a bias too (PEFT: lora_bias): y += s b_B. On linear layers, and not with DoRA.
+  bool b_bias = false;
   LoraInit init = LoraInit::usual;
   // Nothing: what PEFT has for this type of model, q_proj and v_proj or c_attn.
   ModulePattern targets, exclude;

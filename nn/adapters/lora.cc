@@ -20,10 +20,12 @@ LoraBase::LoraBase(const LoraShape& shape, const char* a_name, const char* b_nam
       b(b_name, parameter_tensor(Shape{shape.out, shape.rank}, place)),
       magnitude("lora_magnitude_vector",
                 shape.weight_decomposed ? parameter_tensor(Shape{shape.out}, place) : Tensor()),
+      b_bias("lora_B.bias", shape.b_bias ? parameter_tensor(Shape{shape.out}, place) : Tensor()),
       shape_(shape) {
   add(a_name, a);
   add(b_name, b);
   add("lora_magnitude_vector", magnitude);
+  add("lora_B.bias", b_bias);
 }
 
 void LoraBase::initialize_magnitude(const Tensor& weight, bool in_out) {
@@ -63,6 +65,11 @@ void Lora::initialize(LoraInit init, Generator& generator) {
   } else {
     b.write().zero();
   }
+  if (b_bias.defined() && init == LoraInit::random) {
+    fill_uniform(b_bias.write(), -bound(b), bound(b), generator);
+  } else if (b_bias.defined()) {
+    b_bias.write().zero();
+  }
 }
 
 Variable Lora::operator()(Variable y, Variable x) const {
@@ -71,26 +78,31 @@ Variable Lora::operator()(Variable y, Variable x) const {
   }
   const double p = generator() != nullptr ? shape_.dropout : 0;
   Variable u = low_rank(std::move(x), a, {.scale = scale(), .dropout = p}, generator());  // [.., R]
-  return add_low_rank(std::move(y), std::move(u), b);  // [.., out]
+  y = add_low_rank(std::move(y), std::move(u), b);  // [.., out]
+  if (!b_bias.defined()) {
+    return y;
+  }
+  const DType dtype = y.dtype();
+  return add_bias(std::move(y), cast(reprise::scale(b_bias, scale()), dtype));
 }
 
-Variable Lora::decomposed(Variable x, const std::function<Variable(Variable)>& product,
+Variable Lora::decomposed(Variable x, const Product& whole, const Product& product,
                           const Parameter& weight, const Parameter& bias, bool in_out) const {
   const DType dtype = x.dtype(), work = a.dtype();
   const bool dropped = generator() != nullptr && shape_.dropout > 0;
   // As PEFT has it: what was learned sees the dropped input, the frozen layer the whole one, so
   //   y = W x + b + (m/n (W x~ + s B A x~) - W x~).
-  Variable whole = dropped ? product(x) : Variable();  // [.., out]
+  Variable own = dropped ? whole(x) : Variable();  // [.., out]
   if (dropped) {
     x = reprise::dropout(std::move(x), shape_.dropout, *generator());
   }
-  Variable z = cast(product(x), work);  // [.., out]
+  Variable z = cast(dropped ? product(x) : whole(x), work);  // [.., out]
   Variable less = dropped ? reprise::scale(z, -1.0) : Variable();
   Variable u = low_rank(std::move(x), a, {.scale = scale()});  // [.., R]
   Variable y = decompose(add_low_rank(std::move(z), std::move(u), b), weight, in_out);
   if (dropped) {
     y = reprise::add(std::move(y), std::move(less));
-    y = reprise::add(std::move(y), cast(std::move(whole), work));
+    y = reprise::add(std::move(y), cast(std::move(own), work));
   }
   if (bias.defined()) {
     y = add_bias(std::move(y), cast(bias, work));

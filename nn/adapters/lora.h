@@ -15,9 +15,11 @@ struct LoraShape {
   double scale = 1;    // s
   double dropout = 0;  // none for an embedding
   bool weight_decomposed = false;
+  bool b_bias = false;  // none for an embedding
 };
 
-// Common to both: A [R, in], B [out, R] and, for DoRA, the lengths m [out].
+// Common to both: A [R, in], B [out, R] and, where they are there, DoRA's lengths m [out] and the
+// bias of B [out].
 class LoraBase : public Module {
  public:
   bool is_adapter() const override { return true; }
@@ -31,7 +33,7 @@ class LoraBase : public Module {
   // m becomes what it is in the unchanged model: the row lengths of W + s B A.
   void initialize_magnitude(const Tensor& weight, bool in_out);
 
-  Parameter a, b, magnitude;
+  Parameter a, b, magnitude, b_bias;
 
  protected:
   LoraBase(const LoraShape& shape, const char* a_name, const char* b_name, Place place);
@@ -41,16 +43,19 @@ class LoraBase : public Module {
   LoraShape shape_;
 };
 
-// Of a Linear: its parameters are "lora_A.weight", "lora_B.weight" and "lora_magnitude_vector" of
-// that layer.
+// Of a Linear: its parameters are "lora_A.weight", "lora_B.weight", "lora_magnitude_vector" and
+// "lora_B.bias" of that layer.
 class Lora : public LoraBase {
  public:
   Lora(const LoraShape& shape, Place place);
   void initialize(LoraInit init, Generator& generator) override;
-  // y + s B(A(dropout(x))) for the layer's own y [.., out] of x [.., in].
+  // y + s (B(A(dropout(x))) + b_B) for the layer's own y [.., out] of x [.., in].
   Variable operator()(Variable y, Variable x) const;
-  // The layer's output where it is weight-decomposed: `product` is W x without the bias.
-  Variable decomposed(Variable x, const std::function<Variable(Variable)>& product,
+  // The layer's output where it is weight-decomposed: `whole` is its own without the bias, W x and
+  // what else it adds; `product` is W x. As PEFT has it, what else a layer adds is scaled with W x,
+  // but not where dropout is on: then only W and the adapter see the dropped input.
+  using Product = std::function<Variable(Variable)>;
+  Variable decomposed(Variable x, const Product& whole, const Product& product,
                       const Parameter& weight, const Parameter& bias, bool in_out) const;
 };
 

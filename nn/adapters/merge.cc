@@ -145,6 +145,35 @@ void check_mergeable(Model& model, NamedAdapter& adapter) {
            "not change",
            layer.path);
     }
+    if (layer.lora->b_bias.defined() && !layer.linear->bias.defined()) {
+      fail("lora", "the adapter on {} cannot be merged: it has a bias and the layer has none",
+           layer.path);
+    }
+  }
+}
+
+// The bias of B into that of the layer, or out of it again.
+template <class T>
+void merge_bias_of(const LoraBase& lora, const Tensor& bias, bool back) {
+  const std::vector<double> from = doubles(lora.b_bias);
+  for (std::size_t o = 0; o < from.size(); ++o) {
+    T& to = bias.data<T>()[o];
+    to = rounded<T>(widened(to) + (back ? -1 : 1) * lora.scale() * from[o]);
+  }
+}
+
+void merge_bias(const PlacedAdapter& layer, const Tensor& bias, bool back) {
+  if (bias.is_meta()) {
+    return;
+  }
+  const Tensor host = bias.to(cpu);
+  if (host.dtype() == DType::bf16) {
+    merge_bias_of<bfloat16>(*layer.lora, host, back);
+  } else {
+    merge_bias_of<float>(*layer.lora, host, back);
+  }
+  if (!host.shares_storage(bias)) {
+    bias.copy_from(host);
   }
 }
 
@@ -172,6 +201,9 @@ void merge_adapter(Model& model) {
   check_mergeable(model, adapter);
   for (PlacedAdapter& layer : adapter.layers) {
     merge_into(layer, weight_of(layer).write(), /*back=*/false, layer.merged_factors);
+    if (layer.lora->b_bias.defined()) {
+      merge_bias(layer, layer.linear->bias.write(), /*back=*/false);
+    }
   }
   show(adapter, false);
   adapter.merged = true;
@@ -184,6 +216,9 @@ void unmerge_adapter(Model& model) {
   }
   for (PlacedAdapter& layer : adapter.layers) {
     merge_into(layer, weight_of(layer).write(), /*back=*/true, layer.merged_factors);
+    if (layer.lora->b_bias.defined()) {
+      merge_bias(layer, layer.linear->bias.write(), /*back=*/true);
+    }
   }
   show(adapter, true);
   adapter.merged = false;
@@ -203,23 +238,29 @@ absl::Status export_merged(Model& model, const std::string& folder, const SaveOp
   std::map<const Parameter*, const PlacedAdapter*> targets;
   for (const PlacedAdapter& layer : adapter.layers) {
     targets.emplace(&weight_of(layer), &layer);
+    if (layer.lora->b_bias.defined()) {
+      targets.emplace(&layer.linear->bias, &layer);
+    }
   }
   const auto merged = [&](const Parameter& parameter) {
     const auto found = targets.find(&parameter);
     if (found == targets.end()) {
       return parameter.value();
     }
-    const Tensor weight = parameter.value().to(cpu).clone();
+    const Tensor value = parameter.value().to(cpu).clone();
+    if (&parameter != &weight_of(*found->second)) {
+      merge_bias(*found->second, value, /*back=*/false);
+      return value;
+    }
     std::vector<double> factors;
-    merge_into(*found->second, weight, /*back=*/false, factors);
-    return weight;
+    merge_into(*found->second, value, /*back=*/false, factors);
+    return value;
   };
   const auto changes = [&](const Parameter& parameter) {
     return !same_bytes(model.adapters().base_value(parameter).to(cpu), merged(parameter).to(cpu));
   };
   const bool any =
-      std::ranges::any_of(adapter.layers,
-                          [&](const auto& layer) { return changes(weight_of(layer)); }) ||
+      std::ranges::any_of(targets, [&](const auto& target) { return changes(*target.first); }) ||
       std::ranges::any_of(adapter.values, [&](const auto& own) { return changes(*own.parameter); });
   if (!any) {
     return absl::FailedPreconditionError(fmt::format(

@@ -30,17 +30,11 @@ std::string inside(const std::string& folder, std::string_view file) {
 
 // Variants of LoRA that change what an adapter means; off and absent are the same.
 constexpr std::string_view kOther[] = {
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
+    "use_qalora",        "use_bdlora",
+    "layer_replication", "trainable_token_indices",
+    "target_parameters", "alora_invocation_tokens",
+    "kasa_config",       "velora_config",
+    "monteclora_config", "arrow_config",
     "megatron_config",
 };
 
@@ -102,6 +96,7 @@ LoraConfig read_config(JsonReader& json, const nlohmann::ordered_json& document)
   config.dropout = json.number("lora_dropout", 0);
   config.rank_stabilized = json.boolean("use_rslora", false);
   config.weight_decomposed = json.boolean("use_dora", false);
+  config.b_bias = json.boolean("lora_bias", false);
   config.init = read_init(json);
   config.targets = read_pattern(json, "target_modules");
   if (config.targets.regex == "all-linear") {
@@ -284,6 +279,9 @@ std::string to_json(const LoraConfig& config, Model& model) {
   }
   if (config.weight_decomposed) {
     json["use_dora"] = true;
+  }
+  if (config.b_bias) {
+    json["lora_bias"] = true;
   }
   if (config.rank_stabilized) {
     json["use_rslora"] = true;

@@ -143,6 +143,9 @@ void check(const LoraConfig& config) {
     fail("lora", "layers_to_transform must be absent with target_modules \"{}\", which is no list",
          config.all_linear ? "all-linear" : config.targets.regex);
   }
+  if (config.b_bias && config.weight_decomposed) {
+    fail("lora", "lora_bias cannot be on together with use_dora");
+  }
   if (config.bias != "none" && config.bias != "all" && config.bias != "lora_only") {
     fail("lora", "bias must be none, all or lora_only, got \"{}\"", config.bias);
   }
@@ -237,6 +240,11 @@ std::vector<NamedModule> select_targets(Model& model, const LoraConfig& config, 
   }
   expect_hits(config.ranks, targets, "rank_pattern");
   expect_hits(config.alphas, targets, "alpha_pattern");
+  for (const NamedModule& entry : targets) {
+    if (config.b_bias && dynamic_cast<Linear*>(entry.module) == nullptr) {
+      fail("lora", "lora_bias is for linear layers: {} is an embedding", entry.path);
+    }
+  }
   return targets;
 }
 

@@ -198,10 +198,9 @@ ClipEncoder::ClipEncoder(const ClipTowerConfig& config, Place place) {
 
 Variable ClipEncoder::operator()(std::string_view name, std::size_t count, Variable x,
                                  const AttentionSpec& visible) const {
-  const RunBlock run = [&](std::size_t i, Variable in) {
-    return layers[i](std::move(in), visible);
-  };
-  return run_blocks(name, count, std::move(x), run);
+  return run_blocks(name, layers, count, std::move(x), [&](const ClipBlock& block, Variable in) {
+    return block(std::move(in), visible);
+  });
 }
 
 ClipVisionEmbeddings::ClipVisionEmbeddings(const ClipVisionConfig& config, Place place)

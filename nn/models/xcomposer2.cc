@@ -12,6 +12,7 @@
 #include "autograd/rows.h"
 #include "autograd/shape.h"
 #include "kernels/resize.h"
+#include "nn/adapters/lora.h"
 #include "nn/initialize.h"
 #include "nn/models/attend.h"
 #include "nn/models/limits.h"
@@ -192,17 +193,29 @@ PloraLinear::PloraLinear(std::int64_t in, std::int64_t out, LinearOptions option
   add("Plora_B.weight", plora_b);
 }
 
+Variable PloraLinear::with_part(Variable y, Variable x, const Variable& images) const {
+  x = drop(std::move(x), dropout_, generator());
+  x = linear(std::move(x), plora_a);  // [M, R]
+  if (scale_ != 1) {
+    x = reprise::scale(std::move(x), scale_);
+  }
+  return add_rows(std::move(y), images, linear(std::move(x), plora_b));  // [B, T, out]
+}
+
 Variable PloraLinear::operator()(Variable x, const Variable& images) const {
   // Without image tokens these are products of no rows, so that A and B have gradients all the
   // same: zeros.
+  if (lora() != nullptr && lora()->weight_decomposed()) {
+    const auto product = [&](Variable in) { return linear(std::move(in), weight, {}, in_out()); };
+    const auto whole = [&](Variable in) {
+      Variable part = take_rows(in, images);  // [M, in]
+      return with_part(product(std::move(in)), std::move(part), images);
+    };
+    return lora()->decomposed(std::move(x), whole, product, weight, bias, in_out());
+  }
   Variable part = take_rows(x, images);                            // [M, in]
   Variable y = InternLm2Linear::operator()(std::move(x), images);  // [B, T, out]
-  part = drop(std::move(part), dropout_, generator());
-  part = linear(std::move(part), plora_a);  // [M, R]
-  if (scale_ != 1) {
-    part = reprise::scale(std::move(part), scale_);
-  }
-  return add_rows(std::move(y), images, linear(std::move(part), plora_b));  // [B, T, out]
+  return with_part(std::move(y), std::move(part), images);
 }
 
 XComposer2Projector::XComposer2Projector(std::int64_t in, std::int64_t width, Place place)

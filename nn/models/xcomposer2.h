@@ -59,6 +59,9 @@ class PloraLinear : public InternLm2Linear {
   Parameter plora_a, plora_b;
 
  private:
+  // y with the part of x [M, in], the image tokens.
+  Variable with_part(Variable y, Variable x, const Variable& images) const;
+
   double scale_, dropout_;
 };
 

@@ -311,18 +311,42 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
   return absl::OkStatus();
 }
 
+// A view over a mapped file that the allocator counts as a parameter's memory, which it is.
+class CountedView {
+ public:
+  explicit CountedView(Tensor view) : view_(std::move(view)) {
+    allocator(cpu).allocate(bytes(), MemoryKind::parameters, /*real=*/false, segment_);
+  }
+  ~CountedView() { allocator(cpu).free(nullptr, bytes(), MemoryKind::parameters, segment_); }
+  CountedView(const CountedView&) = delete;
+
+  static Tensor of(Tensor view) {
+    const auto owner = std::make_shared<CountedView>(std::move(view));
+    const Tensor& counted = owner->view_;
+    return Tensor::wrap(counted.numel() > 0 ? counted.raw() : nullptr, counted.shape(),
+                        counted.dtype(), cpu, owner);
+  }
+
+ private:
+  std::size_t bytes() const { return static_cast<std::size_t>(view_.bytes()); }
+
+  Tensor view_;
+  std::uint32_t segment_ = 0;
+};
+
 // Of a folder that was checked.
 absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
   for (const NamedParameter& entry : weights_of_file(model)) {
     const FileKey place = place_in(weights, model, entry.path);
     const SafetensorsFile& file = *weights.find(place.key);
     Parameter& parameter = *entry.parameter;
-    const bool in_place = map && parameter.value().device() == cpu &&
+    const bool in_place = map && parameter.value().device() == cpu && file.in_place(place.key) &&
                           file.find(place.key)->type == stored_type(parameter.value().dtype());
     if (in_place) {
       const Tensor whole = *file.read(place.key);
       const std::int64_t end = place.first + (place.rows > 0 ? parameter.shape()[0] : 0);
-      parameter.bind_value(place.rows > 0 ? whole.slice(0, place.first, end) : whole);
+      parameter.bind_value(
+          CountedView::of(place.rows > 0 ? whole.slice(0, place.first, end) : whole));
       continue;
     }
     const absl::Status status = place.rows > 0

@@ -44,8 +44,11 @@ class WeightFolder {
 struct LoadOptions {
   Place place{};  // the parameters get this type whatever the file holds
   // Parameters of the file's own type stay in the mapped file (on cpu): nothing is read before it
-  // is used, and the allocator does not count them. Writing to them does not change the file.
-  bool map = false;
+  // is used, processes on one machine share what none of them writes, and writing does not change
+  // the file; the allocator counts them as any others. Until it is written to, though, such a
+  // parameter is the file: while the model lives the file must not be written to in place
+  // (nn/weights/safetensors.h); another file may take its place. False: a copy.
+  bool map = true;
 };
 
 // A finished model, all parameters trainable. Every tensor must have its place and every parameter
@@ -54,7 +57,7 @@ struct LoadOptions {
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
                                                   const LoadOptions& options = {});
 // The parameters of DIR into a model that was built already.
-absl::Status load_weights(const std::string& folder, Model& model, bool map = false);
+absl::Status load_weights(const std::string& folder, Model& model, bool map = true);
 
 struct SaveOptions {
   std::int64_t max_shard_bytes = 5'000'000'000;

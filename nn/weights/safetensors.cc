@@ -255,6 +255,14 @@ std::byte* SafetensorsFile::at(const StoredTensor& tensor) const {
   return static_cast<std::byte*>(mapping.at) + header_.data_begin + tensor.begin;
 }
 
+bool SafetensorsFile::in_place(std::string_view name) const {
+  const StoredTensor* const tensor = find(name);
+  const std::optional<DType> dtype =
+      tensor != nullptr ? dtype_of_stored(tensor->type) : std::nullopt;
+  return dtype && tensor->type == stored_type(*dtype) &&
+         reinterpret_cast<std::uintptr_t>(at(*tensor)) % size_bytes(*dtype) == 0;
+}
+
 absl::StatusOr<Tensor> SafetensorsFile::read(std::string_view name) const {
   const absl::StatusOr<const StoredTensor*> found = get(name);
   if (!found.ok()) {
@@ -270,10 +278,8 @@ absl::StatusOr<Tensor> SafetensorsFile::read(std::string_view name) const {
   if (!shape.ok()) {
     return shape.status();
   }
-  std::byte* const bytes = at(tensor);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(bytes) % size_bytes(*dtype) == 0;
-  if (aligned && tensor.type == stored_type(*dtype)) {
-    return Tensor::wrap(bytes, *shape, *dtype, cpu, mapping_);
+  if (in_place(name)) {
+    return Tensor::wrap(at(tensor), *shape, *dtype, cpu, mapping_);
   }
   const Tensor copy = Tensor::empty(*shape, *dtype);
   const absl::Status status = copy_elements(tensor, 0, copy);

@@ -7,8 +7,12 @@
 // Reading: the file is mapped into memory and checked in full before a tensor is touched. What the
 // reference reader refuses is refused here, under the same error name ("InvalidOffset"); beyond
 // that duplicate tensor names are refused. All errors are absl::Status with the path and the byte
-// or the tensor's name. A file must not be shortened by others while it is mapped. Copies are read
-// past the mapping: their bytes are in memory once.
+// or the tensor's name. Copies are read past the mapping: their bytes are in memory once.
+//
+// A file must not be written to by others while it is mapped: what a view has not been written to
+// yet changes with the file, and a file that was shortened ends the process (SIGBUS) when what is
+// gone is read. Savers that put a new file in the place of the old one, as this library and the
+// Hugging Face libraries do, leave the old one to those who have it mapped.
 //
 // Writing: tensors ordered by type (widest first), then by name; metadata first; header padded with
 // spaces to 8 bytes; a temporary file in the same folder, fsync, rename: the target is the old file
@@ -88,6 +92,8 @@ class SafetensorsFile {
   // Null when there is no tensor of that name.
   const StoredTensor* find(std::string_view name) const;
 
+  // Whether read() gives a view over the mapped file. False when there is no such tensor.
+  bool in_place(std::string_view name) const;
   // The tensor as it is stored: a view over the mapped file (written to, the view changes, the file
   // does not; the mapping lives as long as a view), or a copy where the bytes are not aligned. F16
   // becomes f32. Types without a DType are an error.

@@ -9,8 +9,12 @@
 #include "autograd/reduce.h"
 #include "autograd/tape.h"
 #include "nn/embedding.h"
+#include "nn/initialize.h"
 #include "nn/linear.h"
 #include "nn/lora.h"
+#include "nn/models/clip.h"
+#include "nn/models/qwen2_vl.h"
+#include "nn/models/xcomposer2.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
@@ -394,6 +398,71 @@ TEST(Adapters, MergeAndUnmerge) {
   EXPECT_EQ(mistake([&] { merge_adapter(*model); }), "[lora] the model has no active adapter");
 }
 
+TEST(Adapters, ABiasOfBIsAddedScaledTrainedAndMerged) {
+  const auto model = load("qwen2");
+  const Batch batch = batch_of("qwen2");
+  const auto base = logits(*model, batch);
+  LoraConfig config{.rank = 2, .alpha = 6, .b_bias = true, .targets = {{"q_proj", "v_proj"}, ""}};
+  Generator generator{9, 0};
+  add_lora(*model, config, generator);
+  EXPECT_EQ(logits(*model, batch), base);
+  Linear& layer = dynamic_cast<Linear&>(*model->find_module("model.layers.1.self_attn.q_proj"));
+  for (Parameter* p : model->trainable_parameters()) {
+    if (p->name().ends_with("lora_B.bias")) {
+      fill_normal(p->write(), 1, generator);
+    }
+  }
+  // B is zero still: what is added is 6 / 2 of its bias.
+  const Tensor x = Tensor::full({1, layer.in()}, DType::f32, 0.25);
+  const auto y = no_grad([&] { return layer(x); }).tensor().to_vector<float>();
+  const auto bias = layer.lora()->b_bias.value().to_vector<float>();
+  deactivate_adapters(*model);
+  const auto own = no_grad([&] { return layer(x); }).tensor().to_vector<float>();
+  activate_adapter(*model, "default");
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    EXPECT_NEAR(y[i], own[i] + 3 * bias[i], 1e-5);
+  }
+  fill_normal(layer.lora()->b.write(), 1, generator);
+  backward_of(*model, batch);
+  for (const Parameter* p : model->trainable_parameters()) {
+    const bool reached = p->name().find("lora_A") == std::string::npos || p == &layer.lora()->a;
+    EXPECT_EQ(p->gradient().to_vector<float>() !=
+                  std::vector<float>(static_cast<std::size_t>(p->value().numel())),
+              reached)
+        << p->name();
+  }
+  const auto adapted = logits(*model, batch);
+  const Folder out;
+  ASSERT_TRUE(save_adapter(*model, out.at("adapter")).ok());
+  EXPECT_THAT(testing::contents(out.at("adapter/adapter_config.json")),
+              HasSubstr("\"lora_bias\": true"));
+  ASSERT_TRUE(export_merged(*model, out.at("merged")).ok());
+  EXPECT_LT(relative(logits(**load_model(out.at("merged")), batch), adapted), 1e-5);
+  const auto again = load("qwen2");
+  ASSERT_TRUE(load_adapter(*again, out.at("adapter")).ok());
+  EXPECT_EQ(logits(*again, batch), adapted);
+  merge_adapter(*again);
+  EXPECT_LT(relative(logits(*again, batch), adapted), 1e-5);
+  unmerge_adapter(*again);
+  EXPECT_LT(relative(logits(*again, batch), adapted), 1e-5);
+}
+
+TEST(Adapters, ABiasOfBHasItsPlaces) {
+  const auto model = load("qwen2");
+  Generator generator;
+  LoraConfig config{.b_bias = true, .targets = {{"o_proj"}, ""}};
+  add_lora(*model, config, generator);
+  EXPECT_EQ(mistake([&] { merge_adapter(*model); }),
+            "[lora] the adapter on model.layers.0.self_attn.o_proj cannot be merged: it has a bias "
+            "and the layer has none");
+  config.targets.names = {"embed_tokens"};
+  EXPECT_EQ(mistake([&] { add_lora(*model, config, generator, "other"); }),
+            "[lora] lora_bias is for linear layers: model.embed_tokens is an embedding");
+  config.weight_decomposed = true;
+  EXPECT_EQ(mistake([&] { add_lora(*model, config, generator, "other"); }),
+            "[lora] lora_bias cannot be on together with use_dora");
+}
+
 TEST(Adapters, ATableThatIsTheHeadTooCannotBeMerged) {
   const auto model = load("llama_lora_tied_embedding");
   ASSERT_TRUE(
@@ -516,7 +585,7 @@ TEST(Adapters, AFrozenBaseHasNoGradientsAndTheAdaptersHave) {
   EXPECT_EQ(allocator(cpu).report().live[gradients] - before, bytes);
 }
 
-// Blocks in front of the first adapter: neither values nor FLOPs of backward.
+// Blocks in front of the first adapter: neither records nor values nor FLOPs of backward.
 TEST(Adapters, AFrozenPrefixKeepsNothing) {
   const auto measured = [](int layers, const char* policy) {
     const std::string config = R"({"model_type": "llama", "vocab_size": 31, "hidden_size": 64,
@@ -533,11 +602,66 @@ TEST(Adapters, AFrozenPrefixKeepsNothing) {
     const std::int64_t before = allocator(meta).report().live_bytes;
     const Variable loss = model->loss(batch);
     const std::int64_t kept = allocator(meta).report().live_bytes - before;
+    const std::int64_t records = tape.report().records, segments = tape.report().segments;
     backward(loss);
-    return std::pair(kept, tape.report().backward_flops);
+    EXPECT_GT(kept, 0);
+    return std::tuple(kept, records, segments, tape.report().backward_flops);
   };
-  for (const char* policy : {"keep-all", "keep-products", "inputs-only"}) {
+  for (const char* policy : {"keep-all", "keep-products", "inputs-only", "nested"}) {
     EXPECT_EQ(measured(2, policy), measured(5, policy)) << policy;
+  }
+}
+
+// The towers of models that see, frozen: as if they ran without a tape.
+TEST(Adapters, AFrozenTowerRecordsNothing) {
+  for (const std::string name : {"qwen2_vl", "xcomposer2", "clip_vision"}) {
+    const auto model = load(name);
+    const auto file = SafetensorsFile::open((golden(name) / "parity.safetensors").string());
+    const Tensor pixels = *file->read("in.pixel_values");
+    std::vector<Qwen2VlGrid> grids;
+    if (name == "qwen2_vl") {
+      const auto sizes = file->read("in.image_grid_thw")->to_vector<std::int64_t>();
+      for (std::size_t i = 0; i < sizes.size(); i += 3) {
+        grids.push_back({sizes[i], sizes[i + 1], sizes[i + 2]});
+      }
+    }
+    const auto tower = [&] {
+      if (auto* const qwen = dynamic_cast<Qwen2Vl*>(model.get())) {
+        return qwen->model.visual(pixels, grids);
+      }
+      auto* const composer = dynamic_cast<XComposer2*>(model.get());
+      return composer != nullptr
+                 ? composer->vit.patches(pixels, -1)
+                 : dynamic_cast<ClipVision&>(*model).vision_model.patches(pixels, -1);
+    };
+    Allocator& bytes = allocator(cpu);
+    const auto step = [&](const std::string& policy) {
+      bytes.reset_peak();
+      const std::int64_t before = bytes.report().live_bytes;
+      Tape tape;
+      const Tape::Scope scope(tape, Policies::named(policy));
+      const Variable x = tower();
+      EXPECT_EQ(bytes.report().live[static_cast<std::size_t>(MemoryKind::saved)] == 0,
+                !x.needs_gradient());
+      const std::int64_t kept = bytes.report().live_bytes - before - x.tensor().storage_bytes();
+      return std::tuple(tape.report().records, tape.report().segments, kept,
+                        bytes.report().peak_bytes - before, x.tensor().to_vector<float>());
+    };
+    const auto trained = step("inputs-only");
+    EXPECT_GT(std::get<0>(trained), 10);
+    EXPECT_GT(std::get<1>(trained), 0);
+    EXPECT_GT(std::get<2>(trained), 0);
+    model->freeze();
+    const auto expected = no_grad([&] { return tower(); }).tensor().to_vector<float>();
+    const auto first = step("keep-all");
+    EXPECT_EQ(std::get<0>(first), 0) << name;
+    EXPECT_EQ(std::get<1>(first), 0) << name;
+    EXPECT_EQ(std::get<2>(first), 0) << name;
+    EXPECT_LT(std::get<3>(first), std::get<3>(trained)) << name;
+    EXPECT_EQ(std::get<4>(first), expected) << name;
+    for (const std::string& policy : Policies::names()) {
+      EXPECT_EQ(step(policy), first) << name << " " << policy;
+    }
   }
 }
 

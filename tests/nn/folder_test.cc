@@ -365,19 +365,32 @@ TEST(Folder, ChecksOfAnIndex) {
   EXPECT_EQ(WeightFolder::open(folder.path().string())->names(), std::vector<std::string>{"z"});
 }
 
-TEST(Folder, MappedParametersAreNotCountedAndLeaveTheFileAlone) {
+TEST(Folder, MappedParametersAreCountedAndLeaveTheFileAlone) {
   const Copy copy("llama");
   const_cast<Copy&>(copy).write();
-  const auto kind = static_cast<std::size_t>(MemoryKind::parameters);
-  const std::int64_t before = allocator(cpu).report().live[kind];
-  auto mapped = load_model(copy.path(), {.map = true});
+  const auto counted = [] {
+    return allocator(cpu).report().live[static_cast<std::size_t>(MemoryKind::parameters)];
+  };
+  const std::int64_t before = counted();
+  auto mapped = load_model(copy.path());
   ASSERT_TRUE(mapped.ok()) << mapped.status();
-  EXPECT_EQ(allocator(cpu).report().live[kind], before);
-  const auto usual = load(copy.path());
-  EXPECT_GT(allocator(cpu).report().live[kind], before);
-  expect_bitwise(**mapped, *usual);
+  const std::int64_t bytes = counted() - before;
+  EXPECT_GT(bytes, 0);
+  const auto usual = load_model(copy.path(), {.map = false});
+  ASSERT_TRUE(usual.ok()) << usual.status();
+  EXPECT_EQ(counted(), before + 2 * bytes);
+  expect_bitwise(**mapped, **usual);
+  // Another file in the place of this one.
+  auto other = load_model(copy.path());
+  (*other)->find_parameter("lm_head.weight")->write().zero();
+  ASSERT_TRUE(save_model(**other, copy.path()).ok());
+  expect_bitwise(**mapped, **usual);
+  ASSERT_TRUE(save_model(**usual, copy.path()).ok());
   (*mapped)->find_parameter("lm_head.weight")->write().zero();
-  expect_bitwise(*load(copy.path()), *usual);
+  expect_bitwise(*load(copy.path()), **usual);
+  mapped = absl::UnknownError("");
+  other = absl::UnknownError("");
+  EXPECT_EQ(counted(), before + bytes);
   // Another type than the file's is converted, hence copied.
   auto brief = load_model(copy.path(), {.place = {cpu, DType::bf16}, .map = true});
   ASSERT_TRUE(brief.ok());

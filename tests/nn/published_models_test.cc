@@ -1,6 +1,7 @@
 // The published sizes of every supported model, built without memory: parameters in all and by
 // part, weights of matrix products, work of attention. And docs/models.md, whose table is made of
 // these and of the ready cases.
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -13,6 +14,7 @@
 
 #include "autograd/tape.h"
 #include "nn/linear.h"
+#include "nn/lora.h"
 #include "nn/models/language_model.h"
 #include "nn/weights/json.h"
 #include "tests/nn/files.h"
@@ -252,6 +254,42 @@ TEST(PublishedModels, WeightsOfProductsAndWorkOfAttention) {
         << entry.name;
   }
   EXPECT_EQ(checked, 13);
+}
+
+// As published for these, with PEFT and with the recipes of the models.
+TEST(PublishedModels, ParametersOfAdapters) {
+  struct Adapter {
+    std::string model;
+    LoraConfig config;
+    Count parameters;
+  };
+  LoraConfig composer{.rank = 64, .alpha = 64};
+  composer.targets.names = {"attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
+                            "feed_forward.w3"};
+  const LoraConfig every{.rank = 8, .all_linear = true};
+  LoraConfig decomposed = every;
+  decomposed.weight_decomposed = true;
+  const Adapter adapters[] = {
+      {"Qwen2-7B", every, 20'185'088},
+      {"GLM-4-9B", every, 23'797'760},
+      {"GLM-4-9B-0414", every, 23'797'760},
+      {"XComposer2.5-7B", composer, 150'994'944},
+      // And a length for each output: q, k, v, o, gate, up, down of 28 layers.
+      {"Qwen2-7B", decomposed, 20'185'088 + 28 * (3 * 3584 + 2 * 512 + 2 * 18944)},
+  };
+  for (const auto& [name, config, parameters] : adapters) {
+    const auto entry = std::ranges::find(published(), name, &Published::name);
+    ASSERT_NE(entry, published().end()) << name;
+    const auto model = build(*entry);
+    ASSERT_TRUE(model.ok()) << name << ": " << model.status();
+    Generator generator;
+    add_lora(**model, config, generator);
+    Count sum = 0;
+    for (const Parameter* parameter : (*model)->trainable_parameters()) {
+      sum += parameter->shape().numel();
+    }
+    EXPECT_EQ(sum, parameters) << name;
+  }
 }
 
 TEST(PublishedModels, EverySupportedTypeHasOne) {

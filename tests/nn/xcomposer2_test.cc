@@ -9,8 +9,11 @@
 
 #include <gtest/gtest.h>
 
+#include "autograd/dropout.h"
 #include "autograd/dry_run.h"
 #include "autograd/tape.h"
+#include "nn/adapters/lora.h"
+#include "nn/initialize.h"
 #include "nn/lora.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
@@ -383,6 +386,58 @@ TEST(XComposer2, AdaptersGoAroundPloraOnAllTokens) {
   for (const auto& [path, gradient] : found) {
     EXPECT_NE(path.find(".lora_"), std::string::npos) << path;
     EXPECT_NE(gradient, Floats(gradient.size(), 0.0f)) << path;
+  }
+}
+
+// As PEFT computes it around any layer, with P the layer's own output, f = m / |W + s B A|:
+//   y = P + (f - 1) (P - b) + f s B A x, and where dropout is on P + (f - 1) W x~ + f s B A x~.
+TEST(XComposer2, WeightDecomposedAdaptersScalePloraToo) {
+  const Place place{cpu, DType::f32};
+  PloraLinear layer(6, 5, {.bias = true}, {.rank = 2, .scale = 1.5}, /*dropout=*/0, place);
+  Generator generator{11, 0};
+  for (Parameter* p : layer.parameters()) {
+    fill_normal(p->write(), 1, generator);
+  }
+  Lora lora({.in = 6, .out = 5, .rank = 3, .scale = 0.5, .dropout = 0.4, .weight_decomposed = true},
+            place);
+  lora.initialize(LoraInit::random, generator);
+  fill_normal(lora.magnitude.write(), 1, generator);
+  const Tensor x = Tensor::empty({1, 4, 6}, DType::f32);
+  fill_normal(x, 1, generator);
+  const Tensor images = Tensor::from(std::vector<std::int64_t>{1, 2}, {2});
+  const Floats own = layer(x, images).tensor().to_vector<float>();
+  layer.set_lora(&lora);
+  const auto weight = layer.weight.value().to_vector<float>();
+  const auto a = lora.a.value().to_vector<float>(), b = lora.b.value().to_vector<float>();
+  const auto bias = layer.bias.value().to_vector<float>();
+  const auto m = lora.magnitude.value().to_vector<float>();
+  for (const bool dropped : {false, true}) {
+    Generator draws{12, 0}, same = draws;
+    if (dropped) {
+      layer.train(draws);
+    }
+    const Floats in = (dropped ? dropout(x, 0.4, same).tensor() : x).to_vector<float>();
+    const Floats y = layer(x, images).tensor().to_vector<float>();
+    for (std::size_t o = 0; o < 5; ++o) {
+      double squares = 0, product[4] = {}, low[4] = {};
+      for (std::size_t i = 0; i < 6; ++i) {
+        double delta = 0;
+        for (std::size_t r = 0; r < 3; ++r) {
+          delta += 0.5 * b[o * 3 + r] * a[r * 6 + i];
+        }
+        squares += std::pow(weight[o * 6 + i] + delta, 2);
+        for (std::size_t t = 0; t < 4; ++t) {
+          product[t] += static_cast<double>(weight[o * 6 + i]) * in[t * 6 + i];
+          low[t] += delta * in[t * 6 + i];
+        }
+      }
+      const double f = m[o] / std::sqrt(squares);
+      for (std::size_t t = 0; t < 4; ++t) {
+        const double base = own[t * 5 + o];
+        const double scaled = dropped ? product[t] : base - bias[o];
+        EXPECT_NEAR(y[t * 5 + o], base + (f - 1) * scaled + f * low[t], 1e-4) << dropped << o << t;
+      }
+    }
   }
 }
 

@@ -164,6 +164,26 @@ std::vector<Mistake> mistakes() {
        },
        "[low_rank] du must be [.., R] = [2, 4], got [2, 5]"},
       {[=] {
+         kernels::low_rank_backward(f32({2, 4}), f32({2, 3}), f32({4, 3}), {}, {f32({3, 2})}, {});
+       },
+       "[low_rank] dx must be [.., I] = [2, 3], got [3, 2]"},
+      {[=] {
+         kernels::low_rank_backward(f32({2, 4}), f32({2, 3}), f32({4, 3}), {}, {}, {f32({3, 4})});
+       },
+       "[low_rank] da must be [R, I] = [4, 3], got [3, 4]"},
+      {[=] {
+         kernels::low_rank_backward(f32({2, 4}), f32({2, 3}), f32({4, 3}), {}, {}, {ids()});
+       },
+       "[low_rank] da must be f32 or bf16, got i64"},
+      {[=] {
+         kernels::add_low_rank_backward(f32({2, 3}), f32({2, 4}), f32({3, 4}), {f32({2, 3})}, {});
+       },
+       "[add_low_rank] du must be [.., R] = [2, 4], got [2, 3]"},
+      {[=] {
+         kernels::add_low_rank_backward(f32({2, 3}), f32({2, 4}), f32({3, 4}), {}, {f32({4, 3})});
+       },
+       "[add_low_rank] db must be [O, R] = [3, 4], got [4, 3]"},
+      {[=] {
          add_low_rank(ids(), f32({2, 4}), f32({3, 4}));
        },
        "[add_low_rank] y must be f32 or bf16, got i64"},
@@ -231,15 +251,22 @@ std::vector<OpCase> low_rank_cases() {
       down("long", {521, 3}, 2, 1.0, 0.5, false),
       down("long_wide", {2, 520, 2}, 1, 1.0, 0, true),
       down("no_rows", {0, 4}, 2, 1.0, 0.5, true),
+      // Several tiles of a device each way, and ranks on either side of what is narrow there.
+      down("wide_rank", {66, 37}, 33, 0.5, 0.2, false),
+      up("wide_rank", {40, 67}, 33, false),
       up("rows", {3, 5, 12}, 4, false),
       up("wide", {6, 11}, 3, true),
       up("long_wide", {530, 3}, 2, true),
       up("no_rows", {0, 4}, 2, true),
       norms("out_in", 12, 7, 3, false, false),
       norms("in_out", 9, 10, 2, true, false),
+      norms("wide_rank", 70, 19, 35, false, false),
       norms("wide", 6, 131, 2, false, true),
       norms("wide_in_out", 5, 130, 2, true, true),
   };
+  for (OpCase& op : cases) {
+    op.cuda = op.own_workspace_on_cuda = op.name.find("/long") == op.name.npos;
+  }
   cases.front().mistakes = mistakes();
   return cases;
 }

@@ -1,0 +1,229 @@
+// Products by cuBLASLt, in f32 arithmetic without TF32.
+//
+// The library's matrices go down their columns, so the row-major C = op(A) op(B) is asked for as
+// C^T = op(B)^T op(A)^T. The algorithm is the library's first choice for the sizes and alignments,
+// kept for as long as the process lives: the same product is always computed in the same way, also
+// when a segment is replayed. Split sums go through the workspace, in order.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <unordered_map>
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include "core/cuda_device.h"
+#include "core/error.h"
+#include "kernels/matmul_sides.h"
+
+namespace reprise::kernels::cuda {
+namespace {
+
+constexpr int kMostDevices = 16;
+constexpr std::int64_t kWorkspaceBytes = std::int64_t{32} << 20;  // what NVIDIA advises for Hopper
+
+void check(const char* what, cublasStatus_t status) {
+  if (status != CUBLAS_STATUS_SUCCESS) {
+    fail("matmul", "cuBLASLt: {}: {}", what, cublasLtGetStatusString(status));
+  }
+}
+
+template <class T>
+struct Destroy {
+  void operator()(T handle) const {
+    if constexpr (std::is_same_v<T, cublasLtMatmulDesc_t>) {
+      cublasLtMatmulDescDestroy(handle);
+    } else if constexpr (std::is_same_v<T, cublasLtMatrixLayout_t>) {
+      cublasLtMatrixLayoutDestroy(handle);
+    } else {
+      cublasLtMatmulPreferenceDestroy(handle);
+    }
+  }
+};
+template <class T>
+using Owned = std::unique_ptr<std::remove_pointer_t<T>, Destroy<T>>;
+
+template <class T>
+void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t name, const T& value) {
+  check("attribute", cublasLtMatmulDescSetAttribute(description, name, &value, sizeof(value)));
+}
+template <class T>
+void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t name,
+         const T& value) {
+  check("preference",
+        cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof(value)));
+}
+
+cudaDataType_t type(DType dtype) {
+  return dtype == DType::bf16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+Owned<cublasLtMatrixLayout_t> layout(DType dtype, std::int64_t columns, std::int64_t rows,
+                                     std::int64_t stride) {
+  cublasLtMatrixLayout_t made = nullptr;
+  check("layout",
+        cublasLtMatrixLayoutCreate(&made, type(dtype), static_cast<std::uint64_t>(columns),
+                                   static_cast<std::uint64_t>(rows), stride));
+  return Owned<cublasLtMatrixLayout_t>(made);
+}
+
+// The largest power of two up to 16 by which an address is divisible.
+int alignment(const void* at) {
+  int bytes = 16;
+  while (reinterpret_cast<std::uintptr_t>(at) % static_cast<unsigned>(bytes) != 0) {
+    bytes /= 2;
+  }
+  return bytes;
+}
+
+struct Key {
+  TileShape shape;
+  std::array<int, 3> aligned;  // A, B, C
+  int device;
+  bool operator==(const Key& other) const {
+    return shape == other.shape && aligned == other.aligned && device == other.device;
+  }
+};
+
+struct Hash {
+  std::size_t operator()(const Key& key) const {
+    std::size_t hash = 0;
+    const TileShape& s = key.shape;
+    for (const std::int64_t value :
+         {s.m, s.n, s.k, s.lda, s.ldb, s.ldc,
+          std::int64_t{s.transpose_a} + 2 * s.transpose_b + 4 * s.accumulate +
+              8 * static_cast<int>(s.inputs) + 64 * static_cast<int>(s.output) +
+              512 * (s.bias.has_value() ? 1 : 0) + 1024 * key.device,
+          std::int64_t{key.aligned[0]} + 32 * key.aligned[1] + 1024 * key.aligned[2]}) {
+      hash = (hash ^ static_cast<std::size_t>(value)) * 0x9E3779B97F4A7C15u;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+// A product as the library knows it. Its first matrix is our B.
+struct Plan {
+  Owned<cublasLtMatmulDesc_t> description;
+  Owned<cublasLtMatrixLayout_t> first, second, result;
+  cublasLtMatmulAlgo_t algorithm;
+};
+
+// `bias` may be null while an algorithm is chosen.
+Owned<cublasLtMatmulDesc_t> described(const TileShape& s, const void* bias) {
+  cublasLtMatmulDesc_t description = nullptr;
+  check("description", cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+  Owned<cublasLtMatmulDesc_t> owned(description);
+  set(description, CUBLASLT_MATMUL_DESC_TRANSA, s.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+  set(description, CUBLASLT_MATMUL_DESC_TRANSB, s.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+  if (s.bias.has_value()) {
+    set(description, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(description, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type(*s.bias));
+    set(description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+  }
+  return owned;
+}
+
+Plan planned(const TileShape& s) {
+  Plan plan;
+  plan.description = described(s, nullptr);
+  plan.first = layout(s.inputs, s.transpose_b ? s.k : s.n, s.transpose_b ? s.n : s.k, s.ldb);
+  plan.second = layout(s.inputs, s.transpose_a ? s.m : s.k, s.transpose_a ? s.k : s.m, s.lda);
+  plan.result = layout(s.output, s.n, s.m, s.ldc);
+  return plan;
+}
+
+void choose(cublasLtHandle_t library, const Key& key, Plan& plan) {
+  cublasLtMatmulPreference_t made = nullptr;
+  check("preference", cublasLtMatmulPreferenceCreate(&made));
+  const Owned<cublasLtMatmulPreference_t> preference(made);
+  set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(kWorkspaceBytes));
+  set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+      std::uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
+  set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.aligned[1]));
+  set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<std::uint32_t>(key.aligned[0]));
+  set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(key.aligned[2]));
+  set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(key.aligned[2]));
+  cublasLtMatmulHeuristicResult_t found{};
+  int count = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      library, plan.description.get(), plan.first.get(), plan.second.get(), plan.result.get(),
+      plan.result.get(), made, 1, &found, &count);
+  if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
+    const TileShape& s = key.shape;
+    fail("matmul", "cuBLASLt has no algorithm for [{}, {}] x [{}, {}], {} to {}: {}", s.m, s.k, s.k,
+         s.n, name(s.inputs), name(s.output), cublasLtGetStatusString(status));
+  }
+  plan.algorithm = found.algo;
+}
+
+// A library handle for each device, and the products seen so far. Never destroyed: the driver may
+// be gone before static objects are.
+class Library {
+ public:
+  cublasLtHandle_t handle(int device) {
+    const std::lock_guard lock(mutex_);
+    cublasLtHandle_t& made = handles_.at(static_cast<std::size_t>(device));
+    if (made == nullptr) {
+      check("start", cublasLtCreate(&made));
+    }
+    return made;
+  }
+
+  std::shared_ptr<const Plan> find(const Key& key) {
+    const cublasLtHandle_t library = handle(key.device);
+    const std::lock_guard lock(mutex_);
+    if (const auto at = plans_.find(key); at != plans_.end()) {
+      return at->second;
+    }
+    auto plan = std::make_shared<Plan>(planned(key.shape));
+    choose(library, key, *plan);
+    if (plans_.size() >= kMost) {
+      plans_.clear();
+    }
+    return plans_.emplace(key, std::move(plan)).first->second;
+  }
+
+ private:
+  static constexpr std::size_t kMost = 4096;
+  std::mutex mutex_;
+  std::array<cublasLtHandle_t, kMostDevices> handles_{};
+  std::unordered_map<Key, std::shared_ptr<const Plan>, Hash> plans_;
+};
+
+Library& library() {
+  static Library& one = *new Library;
+  return one;
+}
+
+}  // namespace
+
+std::int64_t matmul_workspace_bytes() {
+  return kWorkspaceBytes;
+}
+
+void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
+            void* workspace, void* stream) {
+  int device = 0;
+  cuda_check("matmul", cudaGetDevice(&device));
+  const Key key{s, {alignment(a), alignment(b), alignment(c)}, device};
+  const std::shared_ptr<const Plan> plan = library().find(key);
+  cublasLtMatmulDesc_t description = plan->description.get();
+  Owned<cublasLtMatmulDesc_t> with_bias;
+  if (bias != nullptr) {
+    // The address is part of a description, and others may be using this plan's.
+    with_bias = described(s, bias);
+    description = with_bias.get();
+  }
+  const float one = 1.0f, beta = s.accumulate ? 1.0f : 0.0f;
+  check("product",
+        cublasLtMatmul(library().handle(device), description, &one, b, plan->first.get(), a,
+                       plan->second.get(), &beta, c, plan->result.get(), c, plan->result.get(),
+                       &plan->algorithm, workspace, static_cast<std::size_t>(kWorkspaceBytes),
+                       static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace reprise::kernels::cuda
