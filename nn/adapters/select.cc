@@ -138,13 +138,13 @@ void check(const LoraConfig& config) {
   if (!std::isfinite(config.alpha)) {
     fail("lora", "alpha must be a number, got {}", config.alpha);
   }
-  if (config.b_bias && config.weight_decomposed) {
-    fail("lora", "lora_bias cannot be on together with use_dora");
-  }
   // A list of names is what PEFT filters by layers: it refuses such a file.
   if (!config.layers.empty() && (config.all_linear || !config.targets.regex.empty())) {
     fail("lora", "layers_to_transform must be absent with target_modules \"{}\", which is no list",
          config.all_linear ? "all-linear" : config.targets.regex);
+  }
+  if (config.b_bias && config.weight_decomposed) {
+    fail("lora", "lora_bias cannot be on together with use_dora");
   }
   if (config.bias != "none" && config.bias != "all" && config.bias != "lora_only") {
     fail("lora", "bias must be none, all or lora_only, got \"{}\"", config.bias);
