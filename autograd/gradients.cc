@@ -47,7 +47,9 @@ ParameterGradients::State& ParameterGradients::touch(Parameter& p) {
   }
   State& state = it->second;
   if (!std::exchange(state.touched, true)) {
-    if (state.had_gradient && options_.undo) {
+    if (!state.had_gradient) {
+      Parameter::Sweep::bind_to_host(p);
+    } else if (options_.undo) {
       state.undo = Parameter::Sweep::present(p).clone(MemoryKind::gradients);
     }
   }

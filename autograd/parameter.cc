@@ -39,6 +39,14 @@ void Parameter::bind_value(Tensor value) {
   ++version_;
 }
 
+void Parameter::restore_value(const Tensor& storage) {
+  ensure(storage.shape() == value_.shape() && storage.dtype() == value_.dtype() &&
+             storage.is_contiguous(),
+         "the value of {} is {} {}, not {} {}", name_, reprise::name(value_.dtype()),
+         to_string(value_.shape()), reprise::name(storage.dtype()), to_string(storage.shape()));
+  value_ = storage;
+}
+
 const Tensor& Parameter::gradient() const {
   if (stale_) {
     fail("gradient", "the gradient of {} is stale after a failed backward: zero it first", name_);
@@ -126,6 +134,20 @@ void Parameter::Sweep::restore(Parameter& p, Tensor gradient) {
     p.gradient_ = std::move(gradient);  // a callback has zeroed it
   }
   p.has_gradient_ = true;
+}
+
+void Parameter::Sweep::bind_to_host(Parameter& p) {
+  if (p.host_ == nullptr || p.bound_) {
+    return;
+  }
+  if (Tensor storage = p.host_->gradient_storage(p); storage.defined()) {
+    ensure(storage.shape() == p.shape() && storage.dtype() == p.grad_dtype() &&
+               storage.is_contiguous(),
+           "the storage for the gradient of {} is {} {}", p.name_, reprise::name(storage.dtype()),
+           to_string(storage.shape()));
+    p.gradient_ = std::move(storage);
+    p.bound_ = true;
+  }
 }
 
 Tensor Parameter::Sweep::fresh(const Parameter& p) {

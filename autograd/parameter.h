@@ -16,6 +16,19 @@ struct ParameterLife {
   std::string name;  // once ended
 };
 
+class Parameter;
+
+// Where a parameter is that is not always in memory: a shard of it on each rank, say.
+class ParameterHost {
+ public:
+  virtual ~ParameterHost() = default;
+  // An op, a replay or a backward is about to read the value: on return it has storage.
+  virtual void before_read(const Parameter& p) = 0;
+  // Storage for a gradient that is absent, as for bind_gradient(), bound from then on. Undefined: a
+  // storage of its own.
+  virtual Tensor gradient_storage(const Parameter& p) = 0;
+};
+
 class Parameter {
  public:
   Parameter() = default;
@@ -38,6 +51,22 @@ class Parameter {
   // file); counts as a write. Throws Error in a sweep that may still read the data, so not before
   // on_last_read.
   void bind_value(Tensor value);
+
+  // Null, the default: the value is in memory always. The host must outlive its stay.
+  void set_host(ParameterHost* host) { host_ = host; }
+  ParameterHost* host() const { return host_; }
+  // value(), with storage. What computes with a parameter reads it through a Variable, which calls
+  // this.
+  const Tensor& read() const {
+    if (host_ != nullptr) {
+      host_->before_read(*this);
+    }
+    return value_;
+  }
+  // For the host. The value's storage goes, its layout stays: reading elements is an Error. The
+  // same elements come back in a storage of the same layout. Neither is a write.
+  void release_value() { value_.drop_storage(); }
+  void restore_value(const Tensor& storage);
 
   bool trainable() const { return trainable_; }
   void set_trainable(bool on) { trainable_ = on; }
@@ -78,6 +107,7 @@ class Parameter {
   Tensor gradient_;  // bound or own storage; meaningful when has_gradient_
   std::optional<DType> grad_dtype_;
   std::uint64_t version_ = 0;
+  ParameterHost* host_ = nullptr;
   bool trainable_ = true;
   bool has_gradient_ = false;
   bool bound_ = false;

@@ -13,6 +13,8 @@ struct Parameter::Sweep {
   // What is called before the callbacks: from here on the user may change it.
   static void ready(Parameter& p) { p.gradient_pending_ = false; }
   static void read_last(Parameter& p) { p.data_pending_ = false; }
+  // The first contribution to a gradient that is absent is about to be written.
+  static void bind_to_host(Parameter& p);
   // Storage for a gradient that is absent: the bound one, or new.
   static Tensor fresh(const Parameter& p);
   static bool bound(const Parameter& p) { return p.bound_; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 #include <unordered_set>
+#include <utility>
 
 namespace reprise {
 namespace {
@@ -26,7 +27,8 @@ SweepPlan::SweepPlan(TapeState& tape, std::span<const Variable> losses,
       hold(tape.segments().size()),
       keep(tape.segments().size()),
       tape_(tape),
-      may_run_(tape.records().size()) {
+      may_run_(tape.records().size()),
+      runs_(options.list_reads ? tape.segments().size() : 0) {
   check(losses, wrt, options);
   find_live(losses);
   restrict_segments();
@@ -148,7 +150,12 @@ void SweepPlan::restrict_segments() {
       closure.at_hand(v);
     }
     each_wanted(static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });
-    closure.run([&](std::int32_t r) { may_run_[static_cast<std::size_t>(r)] = 1; });
+    closure.run([&](std::int32_t r) {
+      may_run_[static_cast<std::size_t>(r)] = 1;
+      if (!runs_.empty()) {
+        runs_[s].push_back(r);
+      }
+    });
     hold[s] = closure.hold();
     keep[s] = closure.keep();
   }
@@ -218,6 +225,41 @@ void SweepPlan::order(const BackwardOptions& options) {
   }
   if (options.on_last_read) {
     announce_last_reads();
+  }
+  if (options.list_reads) {
+    list_reads();
+  }
+}
+
+// The order of Sweep::step: a record's segments are entered, outermost first, before its backward.
+void SweepPlan::list_reads() {
+  const auto read = [&](const Value* input) {
+    Parameter* p = parameter_of(input);
+    if (p != nullptr && (plan.reads.empty() || plan.reads.back() != p)) {
+      plan.reads.push_back(p);
+    }
+  };
+  std::vector<char> entered(tape_.segments().size());
+  for (std::size_t r = live.size(); r-- > 0;) {
+    if (live[r] == 0) {
+      continue;
+    }
+    const Record& record = tape_.records()[r];
+    for (const std::int32_t s : tape_.path(record.segment)) {
+      if (std::exchange(entered[static_cast<std::size_t>(s)], char{1}) != 0) {
+        continue;
+      }
+      const std::vector<std::int32_t>& run = runs_[static_cast<std::size_t>(s)];
+      for (std::size_t i = run.size(); i-- > 0;) {
+        std::ranges::for_each(tape_.inputs(tape_.records()[static_cast<std::size_t>(run[i])]),
+                              read);
+      }
+    }
+    for (std::size_t i = 0; i < record.input_count; ++i) {
+      if ((record.saved.inputs >> i & 1u) != 0) {
+        read(tape_.inputs(record)[i]);
+      }
+    }
   }
 }
 

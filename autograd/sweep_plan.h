@@ -53,11 +53,13 @@ struct SweepPlan {
   void find_last_reads();
   void order(const BackwardOptions& options);
   void announce_last_reads();
+  void list_reads();
   void expect_all_reached() const;
 
   TapeState& tape_;
   std::vector<const Parameter*> parameter_losses_;
   std::vector<char> may_run_;
+  std::vector<std::vector<std::int32_t>> runs_;  // by segment: what its replay may run, descending
 };
 
 }  // namespace reprise

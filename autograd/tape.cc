@@ -66,6 +66,9 @@ void Tape::reset() {
 const TapeReport& Tape::report() const {
   return state_->report;
 }
+std::int64_t Tape::open_segment() const {
+  return state_->open_segment();
+}
 const Policies& Tape::policies() const {
   return state_->policies;
 }
@@ -363,9 +366,9 @@ void TapeState::open(std::string_view name, const Policy& policy) {
   if (open_ >= 0) {
     segments_[static_cast<std::size_t>(open_)].children.push_back(id);
   }
+  segment.number = ++report.segments;
   segments_.push_back(std::move(segment));
   open_ = id;
-  ++report.segments;
   labels_.emplace_back(std::string(name));
 }
 

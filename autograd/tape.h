@@ -56,6 +56,9 @@ class Tape {
     Policies policies_before_;
   };
   static Tape* current();
+  // The innermost open segment, numbered from 1 in the order in which they are opened until the
+  // tape is reset; 0 outside of segments.
+  std::int64_t open_segment() const;
   const Policies& policies() const;
 
   TapeState& state() { return *state_; }
@@ -121,6 +124,10 @@ struct Contribution {
 struct Plan {
   std::vector<Ready> order;           // in the order of on_ready; expected == 0 first
   std::vector<Parameter*> unreached;  // of BackwardOptions::parameters, trainable, expected 0
+  // With BackwardOptions::list_reads: what replays and backwards read, in that order, frozen
+  // parameters too; one that is read several times in a row is there once. Where a handle of the
+  // user's spares a replay some records it holds their reads all the same.
+  std::vector<Parameter*> reads;
   // In the order of the sweep. Valid during the sweep, whatever has run of it.
   std::function<std::vector<Contribution>()> contributions;
 };
@@ -136,6 +143,7 @@ struct BackwardOptions {
   std::vector<double> scale;
   // Given, the plan covers them all, and names those that the losses do not reach.
   std::span<Parameter* const> parameters;
+  bool list_reads = false;
   // A trainable parameter of those that the losses do not reach is an Error that names them all,
   // thrown before on_plan.
   bool reach_all = false;

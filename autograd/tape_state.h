@@ -36,6 +36,7 @@ struct Segment {
   Policy policy;
   std::int32_t first = 0, last = 0;  // records [first, last)
   std::int32_t parent = -1;
+  std::int64_t number = 0;  // in order of opening; counts segments that were truncated
   std::vector<std::int32_t> children;
   bool any_gradient = false;
   std::vector<Value*> ext;         // while open: reads of what was made outside
@@ -72,6 +73,9 @@ class TapeState {
   const std::vector<Segment>& segments() const { return segments_; }
   const std::vector<Value*>& values() const { return values_; }
   bool segment_open() const { return open_ >= 0; }
+  std::int64_t open_segment() const {
+    return open_ < 0 ? 0 : segments_[static_cast<std::size_t>(open_)].number;
+  }
   // Calls f(value) for each saved value of a record.
   template <class F>
   void each_saved(const Record& r, F&& f) const {

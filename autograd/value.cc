@@ -31,13 +31,13 @@ Tensor Value::read() const {
   }
   if (is_view()) {
     Tensor view = tensor;
-    view.set_storage(root->is_parameter() ? root->parameter->value() : root->tensor);
+    view.set_storage(root->is_parameter() ? root->parameter->read() : root->tensor);
     ensure(view.has_storage(), "a view of shape {} was read after its buffer was dropped",
            to_string(tensor.shape()));
     return view;
   }
   if (is_parameter()) {
-    return parameter->value();
+    return parameter->read();
   }
   ensure(tensor.has_storage(), "a value of shape {} was read after it was dropped",
          to_string(tensor.shape()));

@@ -42,7 +42,7 @@ Variable::Variable(const Parameter& parameter) {
     value_ = current_tape->state().leaf(parameter);
     add_handle(value_);
   } else {
-    *this = Variable(parameter.value());
+    *this = Variable(parameter.read());
   }
 }
 

@@ -60,6 +60,11 @@ if(REPRISE_HAS_MPI)
   target_compile_definitions(reprise_distributed PRIVATE
     REPRISE_HAS_MPI=1 OMPI_SKIP_MPICXX MPICH_SKIP_MPICXX)
 endif()
+if(REPRISE_HAS_NCCL)
+  target_link_libraries(reprise_distributed PRIVATE reprise_vendor::nccl CUDA::cudart_static)
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/distributed/nccl_library.cc
+    PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_NCCL=1)
+endif()
 target_link_libraries(reprise_train PUBLIC CLI11::CLI11 PRIVATE reprise_vendor::xxhash reprise_vendor::utf8)
 
 # A family calls its CUDA side where it has one.

@@ -30,3 +30,8 @@ if(REPRISE_FIND_ONEDNN)
   # Debian's own package file asks for OpenCL, which the CPU engine does not need.
   reprise_find_vendor(dnnl oneapi/dnnl/dnnl.hpp dnnl "")
 endif()
+if(REPRISE_FIND_NCCL)
+  # Where CUDA's own packages and those of PyPI put it.
+  list(APPEND CMAKE_PREFIX_PATH ${CUDAToolkit_TARGET_DIR} /usr/local/cuda)
+  reprise_find_vendor(nccl nccl.h nccl "")
+endif()

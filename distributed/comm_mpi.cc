@@ -12,8 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include <sched.h>
-#include <time.h>
 #include <unistd.h>
 
 #define OMPI_SKIP_MPICXX 1
@@ -21,6 +19,7 @@
 #include <mpi.h>
 
 #include "core/progress.h"
+#include "distributed/backoff.h"
 #include "distributed/comm_queue.h"
 #include "distributed/communicator.h"
 #include "distributed/header.h"
@@ -44,24 +43,6 @@ void check(int code, const char* call) {
     throw CommunicatorError(fmt::format("[communicator] {}: {}", call, text));
   }
 }
-
-// Spins a little, then sleeps: a waiting thread must not take the core from the computing one.
-class Backoff {
- public:
-  void pause() {
-    if (++tests_ <= 20) {
-      sched_yield();
-      return;
-    }
-    const bool long_wait = Clock::now() - start_ > std::chrono::milliseconds(10);
-    const timespec time{0, long_wait ? 500'000 : 50'000};
-    nanosleep(&time, nullptr);
-  }
-
- private:
-  int tests_ = 0;
-  Clock::time_point start_ = Clock::now();
-};
 
 struct Transfer {
   MPI_Request request = MPI_REQUEST_NULL;

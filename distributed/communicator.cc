@@ -8,22 +8,26 @@
 namespace reprise::distributed {
 namespace {
 
-void check(std::string_view where, std::string_view which, const Tensor& data) {
+void check(const Communicator& communicator, std::string_view where, std::string_view which,
+           const Tensor& data) {
   if (!data.defined()) {
     fail(where, "{} is undefined", which);
   }
-  if (data.device().kind == DeviceKind::cuda) {
-    fail(where, "{} must be in host memory, got {}", which, to_string(data.device()));
+  if (!communicator.takes(data)) {
+    fail(where, "{} must be in memory that this communicator can use, got {}", which,
+         to_string(data.device()));
   }
   if (!data.is_contiguous()) {
     fail(where, "{} must be contiguous: call contiguous()", which);
   }
 }
 
-void check_parts(std::string_view where, std::string_view large_name, const Tensor& large,
-                 std::string_view small_name, const Tensor& small, int size) {
-  check(where, large_name, large);
-  check(where, small_name, small);
+void check_parts(const Communicator& communicator, std::string_view where,
+                 std::string_view large_name, const Tensor& large, std::string_view small_name,
+                 const Tensor& small) {
+  const int size = communicator.size();
+  check(communicator, where, large_name, large);
+  check(communicator, where, small_name, small);
   if (large.dtype() != small.dtype()) {
     fail(where, "{} must be {} as {}, got {}", small_name, name(large.dtype()), large_name,
          name(small.dtype()));
@@ -108,22 +112,22 @@ std::string to_string(const Collective& collective) {
 }
 
 Pending Communicator::all_reduce(const Tensor& data, Reduce reduce, Tag tag) {
-  check("all_reduce", "data", data);
+  check(*this, "all_reduce", "data", data);
   return start({Collective::Kind::all_reduce, reduce, 0, data, {}, std::move(tag)});
 }
 
 Pending Communicator::reduce_scatter(const Tensor& in, const Tensor& out, Reduce reduce, Tag tag) {
-  check_parts("reduce_scatter", "in", in, "out", out, size());
+  check_parts(*this, "reduce_scatter", "in", in, "out", out);
   return start({Collective::Kind::reduce_scatter, reduce, 0, in, out, std::move(tag)});
 }
 
 Pending Communicator::all_gather(const Tensor& in, const Tensor& out, Tag tag) {
-  check_parts("all_gather", "out", out, "in", in, size());
+  check_parts(*this, "all_gather", "out", out, "in", in);
   return start({Collective::Kind::all_gather, Reduce::sum, 0, in, out, std::move(tag)});
 }
 
 Pending Communicator::broadcast(const Tensor& data, int root, Tag tag) {
-  check("broadcast", "data", data);
+  check(*this, "broadcast", "data", data);
   if (root < 0 || root >= size()) {
     fail("broadcast", "root must be a rank of {}, got {}", size(), root);
   }
@@ -131,7 +135,10 @@ Pending Communicator::broadcast(const Tensor& data, int root, Tag tag) {
 }
 
 Pending Communicator::agree(const Tensor& words, Tag tag) {
-  check("agree", "words", words);
+  check(*this, "agree", "words", words);
+  if (words.device().kind == DeviceKind::cuda) {
+    fail("agree", "words must be in host memory, got {}", to_string(words.device()));
+  }
   if (words.dtype() != DType::i64) {
     fail("agree", "words must be i64, got {}", name(words.dtype()));
   }

@@ -105,7 +105,7 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  // Tensors: contiguous, in host memory; f32, bf16, f64, i32, i64.
+  // Tensors: contiguous, in memory that takes() says; f32, bf16, f64, i32, i64.
   // data[i] = reduction over ranks of data[i].
   Pending all_reduce(const Tensor& data, Reduce reduce, Tag tag);
   // out = part rank() of the reduction of `in`, which has size() parts of out's size.
@@ -114,10 +114,13 @@ class Communicator {
   Pending all_gather(const Tensor& in, const Tensor& out, Tag tag);
   // data = data of rank root.
   Pending broadcast(const Tensor& data, int root, Tag tag);
-  // words[i] = bitwise or over ranks; i64.
+  // words[i] = bitwise or over ranks; i64, in host memory.
   Pending agree(const Tensor& words, Tag tag);
   // Done when every rank has called it.
   Pending barrier(Tag tag);
+
+  // Whether collectives can be given this tensor's memory: of the host, unless said otherwise.
+  virtual bool takes(const Tensor& data) const { return data.device().kind != DeviceKind::cuda; }
 
   // This rank cannot go on. With other ranks: the job ends, this process included, within two
   // seconds and with a message that has this text; does not return. Alone: every later collective

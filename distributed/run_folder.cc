@@ -14,8 +14,15 @@
 
 namespace reprise::distributed {
 namespace {
+
 constexpr std::uint64_t kMagic = 0x5250524e30303031;
+
+bool read(const std::string& folder, int rank, RunFile::Content& content) {
+  std::ifstream file(folder + "/rank." + std::to_string(rank), std::ios::binary);
+  return file.read(reinterpret_cast<char*>(&content), sizeof content) && content.magic == kMagic;
 }
+
+}  // namespace
 
 std::unique_ptr<RunFile> RunFile::open(const std::string& folder, int rank,
                                        const std::string& place) {
@@ -52,13 +59,22 @@ void RunFile::write(End end) {
   content_->end = end;
 }
 
+bool verdict_was_said(const std::string& folder, int ranks) {
+  for (int rank = 0; rank < ranks; ++rank) {
+    RunFile::Content c{};
+    if (read(folder, rank, c) && c.end == RunFile::End::told) {
+      return true;
+    }
+  }
+  return false;
+}
+
 std::string explain_run(const std::string& folder, int ranks) {
   std::vector<int> absent, starting;
   std::string text;
   for (int rank = 0; rank < ranks; ++rank) {
     RunFile::Content c{};
-    std::ifstream file(folder + "/rank." + std::to_string(rank), std::ios::binary);
-    if (!file.read(reinterpret_cast<char*>(&c), sizeof c) || c.magic != kMagic) {
+    if (!read(folder, rank, c)) {
       absent.push_back(rank);
       continue;
     }

@@ -34,6 +34,9 @@ class RunFile {
   Content* content_;
 };
 
+// Whether a rank of this machine has ended with a verdict, or was told one.
+bool verdict_was_said(const std::string& folder, int ranks);
+
 // Of a job of so many ranks of this machine that has ended badly: who neither finished nor was told
 // to end, with the last state of each; empty when a verdict was printed already.
 std::string explain_run(const std::string& folder, int ranks);

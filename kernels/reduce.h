@@ -7,7 +7,7 @@
 //
 // A mean is a sum with factor = 1 / numel (an empty tensor: infinity, so that the mean is NaN).
 // Shapes: x any; out and g scalars []; out of squared_norms [tensors].
-// Dtypes: x f32 or bf16; out f32 or f64; g f32; the gradient of x has x's dtype. Blocks of 1024
+// Dtypes: x f32 or bf16; out f32 or f64; g f32; the gradient of x has x's dtype. Blocks of
 // elements are added in f32, the blocks in f64.
 // Strides: x is contiguous or rows of unit stride; gradients and the tensors of a list are
 // contiguous.
@@ -19,6 +19,7 @@
 #include <span>
 
 #include "core/tensor.h"
+#include "kernels/reduce_blocks.h"
 
 namespace reprise::kernels {
 

@@ -11,9 +11,6 @@ HWY_BEFORE_NAMESPACE();
 namespace reprise::kernels::cpu::HWY_NAMESPACE {
 namespace {
 
-// A block short enough to be added in f32.
-constexpr std::int64_t kBlockElements = 1024;
-
 template <bool kSquares>
 HWY_INLINE FloatVector added(FloatVector sum, FloatVector x) {
   if constexpr (kSquares) {

@@ -4,11 +4,9 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "kernels/reduce_blocks.h"
 
 namespace reprise::kernels {
-
-// Elements of one chunk: what is added up into one f64.
-inline constexpr std::int64_t kChunkElements = 16384;
 
 // `count` elements, `width` of them in a row.
 struct Elements {

@@ -207,11 +207,14 @@ void add_dry_run(CLI::App& app, Invocation& asked, const char* name, const char*
   command->add_option("CONFIG", asked.config, "A config.json, or a folder with one")->required();
   command->add_option("--batch", asked.dry.batch, "Rows")->check(from_one(1 << 20));
   command->add_option("--tokens", asked.dry.tokens, "Tokens of a row")->check(from_one(1 << 20));
-  command->add_option("--lora", asked.dry.lora_rank, "Train adapters of this rank only")
-      ->check(from_one(1 << 16));
+  CLI::Option* const lora =
+      command->add_option("--lora", asked.dry.lora_rank, "Train adapters of this rank only")
+          ->check(from_one(1 << 16));
   command->add_option("--targets", asked.dry.targets, "Of LoRA: ends of module paths")
-      ->delimiter(',');
-  command->add_flag("--dora", asked.dry.weight_decomposed, "Weight-decomposed adapters");
+      ->delimiter(',')
+      ->needs(lora);
+  command->add_flag("--dora", asked.dry.weight_decomposed, "Weight-decomposed adapters")
+      ->needs(lora);
   command->add_option("--policy", asked.dry.policy, "What segments keep")
       ->check(CLI::IsMember(Policies::names()));
   command->add_option("--dtype", asked.dry_dtype, "f32 or bf16")
@@ -236,7 +239,8 @@ Invocation parse(const std::vector<std::string>& words) {
   CLI::App app("Build, train and fine-tune transformers.", "reprise");
   app.require_subcommand(1);
   std::string ranks, watchdog;  // taken out before
-  app.add_option("--ranks", ranks, "Processes for demo, started with mpirun");
+  app.add_option("--ranks", ranks,
+                 "Processes for demo, started with mpirun; for memory, of the job meant");
   app.add_option("--watchdog", watchdog, "Seconds after which ranks that stand still are ended");
   add_demo(app, asked.demo);
   add_parity(app, asked);
@@ -244,6 +248,9 @@ Invocation parse(const std::vector<std::string>& words) {
   add_dry_run(app, asked, "memory", "Predict the memory of a training step, by kind and policy.");
   add_dry_run(app, asked, "explain", "Show what segments hold and keep, and what a replay costs.");
   app.get_subcommand("memory")->add_flag("--json", asked.as_json, "Print JSON");
+  app.get_subcommand("memory")
+      ->add_option("--stage", asked.dry.stage, "Of sharding over --ranks ranks")
+      ->check(CLI::IsMember({0, 1, 2, 3}));
   app.add_subcommand("test", "Build everything and run every test (the script's: ./reprise test).")
       ->allow_extras();
   app.add_subcommand("build", "Build the program only (the script's: ./reprise build).")
@@ -314,9 +321,13 @@ int run_command_line(int argc, char** argv) {
   if (!launch.ok()) {
     return report(launch.status());
   }
-  const Invocation asked = parse(launch->arguments);
+  Invocation asked = parse(launch->arguments);
   if (asked.exit_code) {
     return *asked.exit_code;
+  }
+  if (asked.command == "memory" && launch->ranks > 0) {
+    asked.dry.ranks = launch->ranks;  // of a dry run, in this process
+    return run_command(launch->world, asked);
   }
   const bool several = launch->ranks > 0 || launch->world.size > 1;
   if (several && asked.command != "demo") {

@@ -427,6 +427,9 @@ absl::StatusOr<int> supervise(const Launch& launch) {
   const int result = Supervisor(pid).run(signals);
   sigprocmask(SIG_SETMASK, &before, nullptr);
   const std::string unsaid = distributed::explain_run(folder.path(), launch.ranks);
+  if (result == 0 && distributed::verdict_was_said(folder.path(), launch.ranks)) {
+    return 1;  // MPICH's mpirun takes a rank that left with 0 for the end of the job
+  }
   if (unsaid.empty() || result == 128 + SIGINT || result == 128 + SIGTERM) {
     return result;
   }

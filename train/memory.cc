@@ -1,14 +1,19 @@
 #include "train/memory.h"
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include <fmt/format.h>
 
 #include "autograd/dry_run.h"
 #include "core/error.h"
+#include "distributed/predicted_world.h"
+#include "distributed/reducer.h"
+#include "distributed/sharding.h"
 #include "nn/lora.h"
 #include "nn/optimizer/adamw.h"
 #include "nn/weights/folder.h"
@@ -76,19 +81,56 @@ std::int64_t count(const std::vector<Parameter*>& parameters) {
   return total;
 }
 
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 MemoryRow measure(Subject& subject, const std::string& policy) {
   const auto start = std::chrono::steady_clock::now();
   const StepReport step =
       dry_run([&] { return subject.model->loss(subject.batch); }, Policies::named(policy));
-  return {
-      .policy = policy,
-      .peak_bytes = step.peak_bytes,
-      .at_peak = step.at_peak,
-      .peak_transient_bytes = step.peak_transient_bytes,
-      .forward_flops = step.forward_flops,
-      .backward_flops = step.backward_flops,
-      .replay_flops = step.replay_flops,
-      .seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+  return {.policy = policy,
+          .peak_bytes = step.peak_bytes,
+          .at_peak = step.at_peak,
+          .peak_transient_bytes = step.peak_transient_bytes,
+          .forward_flops = step.forward_flops,
+          .backward_flops = step.backward_flops,
+          .replay_flops = step.replay_flops,
+          .seconds = seconds_since(start)};
+}
+
+std::vector<std::string> policies_of(const DryRunOptions& options) {
+  return options.policy.empty() ? Policies::names() : std::vector<std::string>{options.policy};
+}
+
+// Steps of a first rank whose others are not there. The first step makes the optimizer's states;
+// later ones are measured.
+std::vector<MemoryRow> measure_rank(Subject& subject, const DryRunOptions& options,
+                                    Generator& generator) {
+  const auto world = distributed::predicted_world(0, options.ranks);
+  std::optional<distributed::Sharding> sharding;
+  std::optional<distributed::Reducer> reducer;
+  nn::Model& model = *subject.model;
+  if (options.stage > 0) {
+    const std::vector<Parameter*> parameters = model.parameters();
+    const distributed::ForwardReads reads =
+        distributed::record_reads(parameters, [&] { (void)model.loss(subject.batch); });
+    sharding.emplace(*world, parameters, reads,
+                     distributed::ShardingOptions{.stage = options.stage});
+  } else {
+    reducer.emplace(*world, model.trainable_parameters());
+  }
+  Trainer trainer(model, generator, {}, sharding ? &*sharding : nullptr);
+  if (reducer) {
+    trainer.hooks.before = [&](BackwardOptions& backward) { reducer->attach(backward); };
+    trainer.hooks.after = [&] { reducer->finish(); };
+  }
+  std::vector<MemoryRow> rows;
+  (void)trainer.step(subject.batch, 1e-4);
+  for (const std::string& policy : policies_of(options)) {
+    rows.push_back(measured_step(trainer, subject.batch, policy, meta));
+  }
+  return rows;
 }
 
 std::string adapter_text(const MemoryTable& table) {
@@ -115,15 +157,18 @@ absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
   const std::vector<Parameter*> trainable = model.trainable_parameters();
   table.trainable = count(trainable);
   table.parameters = count(model.parameters()) - (options.lora_rank > 0 ? table.trainable : 0);
-  nn::AdamW optimizer(trainable);
   Generator generator;
   model.train(generator);
   try {
+    if (options.ranks > 1 || options.stage > 0) {
+      table.rows = measure_rank(*subject, options, generator);
+      return table;
+    }
+    nn::AdamW optimizer(trainable);
     // The optimizer has its states from the first step on; the second is measured.
     (void)measure(*subject, "inputs-only");
     optimizer.step(1e-4);
-    for (const std::string& policy :
-         options.policy.empty() ? Policies::names() : std::vector<std::string>{options.policy}) {
+    for (const std::string& policy : policies_of(options)) {
       optimizer.zero_gradients();
       table.rows.push_back(measure(*subject, policy));
     }
@@ -133,23 +178,52 @@ absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
   return table;
 }
 
+MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::string& policy,
+                        Device device) {
+  const auto start = std::chrono::steady_clock::now();
+  trainer.set_policies(Policies::named(policy));
+  allocator(device).reset_peak();
+  (void)trainer.step(batch, 1e-4);
+  const MemoryReport used = allocator(device).report();
+  const TapeReport& tape = trainer.tape_report();
+  return {.policy = policy,
+          .peak_bytes = used.peak_bytes,
+          .at_peak = used.at_peak,
+          .peak_transient_bytes = used.peak_transient_bytes,
+          .forward_flops = tape.forward_flops,
+          .backward_flops = tape.backward_flops,
+          .replay_flops = tape.replay_flops,
+          .seconds = seconds_since(start)};
+}
+
 std::string to_text(const MemoryTable& table) {
   const DryRunOptions& o = table.options;
+  const std::string job =
+      o.ranks == 1 && o.stage == 0
+          ? ""
+          : fmt::format("; a rank of {}, {}", o.ranks,
+                        o.stage == 0 ? "not sharded" : fmt::format("sharding stage {}", o.stage));
   std::string text =
-      fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW\n\n", table.model,
-                  table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens);
+      fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW{}\n\n", table.model,
+                  table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens, job);
   text += fmt::format("{:<14} {:>11}", "policy", "peak");
+  const auto column = [](std::size_t kind) {
+    return std::max<std::size_t>(11, name(static_cast<MemoryKind>(kind)).size());
+  };
+  const auto shown = [&](std::size_t kind) {
+    return static_cast<MemoryKind>(kind) != MemoryKind::communication || o.ranks > 1;
+  };
   for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
-    if (static_cast<MemoryKind>(kind) != MemoryKind::communication) {
-      text += fmt::format(" {:>11}", name(static_cast<MemoryKind>(kind)));
+    if (shown(kind)) {
+      text += fmt::format(" {:>{}}", name(static_cast<MemoryKind>(kind)), column(kind));
     }
   }
   text += fmt::format(" {:>9}\n", "replayed");
   for (const MemoryRow& row : table.rows) {
     text += fmt::format("{:<14} {:>11}", row.policy, human_bytes(row.peak_bytes));
     for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
-      if (static_cast<MemoryKind>(kind) != MemoryKind::communication) {
-        text += fmt::format(" {:>11}", human_bytes(row.at_peak[kind]));
+      if (shown(kind)) {
+        text += fmt::format(" {:>{}}", human_bytes(row.at_peak[kind]), column(kind));
       }
     }
     const auto once = static_cast<double>(row.forward_flops + row.backward_flops);
@@ -167,6 +241,8 @@ std::string to_json(const MemoryTable& table) {
                                  {"batch", o.batch},
                                  {"tokens", o.tokens},
                                  {"lora_rank", o.lora_rank},
+                                 {"ranks", o.ranks},
+                                 {"stage", o.stage},
                                  {"rows", nlohmann::ordered_json::array()}};
   for (const MemoryRow& row : table.rows) {
     nlohmann::ordered_json entry = {{"policy", row.policy},

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "core/allocator.h"
 #include "core/dtype.h"
+#include "train/trainer.h"
 
 namespace reprise::train {
 
@@ -19,6 +20,8 @@ struct DryRunOptions {
   bool weight_decomposed = false;
   std::string policy;  // empty: each
   DType dtype = DType::bf16;
+  int ranks = 1;  // of a job; the bytes are those of its first rank, which has the most
+  int stage = 0;  // of sharding over them (distributed/sharding.h); 0: none
 };
 
 struct MemoryRow {
@@ -40,6 +43,9 @@ struct MemoryTable {
 // The folder's config.json, or the file itself. The optimizer is AdamW with states of the
 // parameters' dtype. InvalidArgument when the config, or a batch of text, does not fit the model.
 absl::StatusOr<MemoryTable> predict_memory(const std::string& config, const DryRunOptions& options);
+// One step of the trainer under the policy, and what the device's memory was at most meanwhile.
+MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::string& policy,
+                        Device device);
 std::string to_text(const MemoryTable& table);
 std::string to_json(const MemoryTable& table);
 

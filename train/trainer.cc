@@ -12,16 +12,28 @@
 
 namespace reprise::train {
 
-Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options)
+Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
+                 distributed::Sharding* sharding)
     : model_(model),
       generator_(generator),
       options_(std::move(options)),
+      sharding_(sharding),
       parameters_(model.trainable_parameters()),
-      optimizer_(parameters_, options_.adamw) {
+      optimizer_(sharding != nullptr ? sharding->shards() : parameters_, options_.adamw) {
   if (parameters_.empty()) {
     fail("train", "the model has no trainable parameter: everything is frozen");
   }
   model_.train(generator_);
+}
+
+void Trainer::zero_gradients() {
+  if (sharding_ != nullptr) {
+    sharding_->zero_gradients();
+    return;
+  }
+  for (Parameter* p : parameters_) {
+    p->zero_gradient();
+  }
 }
 
 double Trainer::forward_backward(const nn::Batch& batch) {
@@ -34,9 +46,7 @@ double Trainer::forward_backward(std::span<const nn::Batch> micro_batches, doubl
   }
   progress().begin_step(steps_ + 1);
   const PhaseScope phase(Phase::forward);
-  for (Parameter* p : parameters_) {
-    p->zero_gradient();
-  }
+  zero_gradients();
   double sum = 0;
   for (std::size_t i = 0; i < micro_batches.size(); ++i) {
     sum += sweep(micro_batches[i], scale, i + 1 == micro_batches.size());
@@ -64,7 +74,13 @@ double Trainer::sweep(const nn::Batch& batch, double scale, bool last) {
   if (before) {
     before(backward_options);
   }
-  backward(loss, backward_options);
+  if (sharding_ == nullptr) {
+    backward(loss, backward_options);
+  } else if (last) {
+    sharding_->backward(loss, std::move(backward_options));
+  } else {
+    sharding_->accumulate(loss, std::move(backward_options));
+  }
   if (after) {
     after();
   }
@@ -79,6 +95,9 @@ double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_r
   const double loss = forward_backward(micro_batches, scale);
   const PhaseScope phase(Phase::optimizer);
   optimizer_.step(learning_rate, clip_scale());
+  if (sharding_ != nullptr) {
+    sharding_->updated();
+  }
   ++steps_;
   return loss;
 }
@@ -99,16 +118,22 @@ void Trainer::report_unreached(const std::vector<Parameter*>& parameters) {
              names.size(), names.size() == 1 ? "" : "s", fmt::join(names, ", "));
 }
 
+double Trainer::global_norm() {
+  return sharding_ != nullptr ? sharding_->global_norm() : nn::global_norm(parameters_);
+}
+
 double Trainer::clip_scale() {
   if (options_.max_norm <= 0 || parameters_.front()->value().is_meta()) {
     return 1;
   }
-  const double norm = nn::global_norm(parameters_);
+  const double norm = global_norm();
   if (std::isfinite(norm)) {
     return nn::clip_coefficient(norm, options_.max_norm);
   }
-  std::string first = "none by itself, only their sum";
-  for (Parameter* p : parameters_) {
+  std::string first =
+      sharding_ != nullptr ? "not one of this rank's shards" : "none by itself, only their sum";
+  const auto& optimized = optimizer_.parameters();
+  for (Parameter* p : optimized) {
     if (p->has_gradient() && !std::isfinite(nn::global_norm({&p, 1}))) {
       first = p->name();
       break;
@@ -124,6 +149,9 @@ double Trainer::evaluate(const nn::Batch& batch) {
   const PhaseScope phase(Phase::evaluation);
   model_.evaluate();
   const double loss = model_.loss(batch).tensor().item<float>();
+  if (sharding_ != nullptr) {
+    sharding_->end_forward();
+  }
   if (!std::isfinite(loss)) {
     Tape::Scope scope(tape_, options_.policies);
     explain_non_finite(batch, generator_.next_offset, loss,
@@ -136,6 +164,10 @@ double Trainer::evaluate(const nn::Batch& batch) {
 // The same forward again, same random numbers, looking at every op's output.
 void Trainer::explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset, double loss,
                                  std::string_view when) {
+  if (sharding_ != nullptr && sharding_->stage() == 3) {
+    // The other ranks, whose losses may be finite, would have to gather the values with this one.
+    throw Diverged(fmt::format("[train] the loss is {} {}", loss, when));
+  }
   const std::uint64_t offset = std::exchange(generator_.next_offset, first_offset);
   tape_.check_finite(true);
   std::string first = "none when run again";

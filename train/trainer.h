@@ -10,6 +10,7 @@
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/philox.h"
+#include "distributed/sharding.h"
 #include "nn/models/model.h"
 #include "nn/optimizer/adamw.h"
 
@@ -41,9 +42,11 @@ struct SweepHooks {
 
 class Trainer {
  public:
-  // The model's trainable parameters are the optimizer's. `generator` feeds its dropout. Both must
-  // outlive the trainer. Throws Error when everything is frozen.
-  Trainer(nn::Model& model, Generator& generator, TrainerOptions options);
+  // The model's trainable parameters are the optimizer's, or with `sharding`, made of the model's
+  // parameters, this rank's parts of them. `generator` feeds its dropout. All must outlive the
+  // trainer. Throws Error when everything is frozen.
+  Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
+          distributed::Sharding* sharding = nullptr);
 
   // What happens around backward, for reduction over ranks.
   SweepHooks hooks;
@@ -71,12 +74,15 @@ class Trainer {
   void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.
   double clip_scale();
+  double global_norm();
+  void zero_gradients();
   [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
                                        double loss, std::string_view when);
 
   nn::Model& model_;
   Generator& generator_;
   TrainerOptions options_;
+  distributed::Sharding* const sharding_;
   std::vector<Parameter*> parameters_;
   nn::AdamW optimizer_;
   Tape tape_;

@@ -8,6 +8,7 @@
 #include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/lora.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::nn {
 namespace {
@@ -107,6 +108,10 @@ void add_adapter(Model& model, const LoraConfig& config, Generator* generator,
     check_saved(model, config);
     adapter->name = name;
     adapter->config = config;
+    if (generator != nullptr && dynamic_cast<LanguageModel*>(&model) == nullptr &&
+        config.task == LoraConfig().task) {
+      adapter->config.task.reset();  // PEFT would look for what generates text
+    }
     for (const NamedModule& target : select_targets(model, config, generator == nullptr)) {
       adapter->layers.push_back(placed(target, config));
     }

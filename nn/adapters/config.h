@@ -38,7 +38,7 @@ struct LoraConfig {
   ModulePattern targets, exclude;
   bool all_linear = false;                   // every Linear but the head
   std::vector<std::string> modules_to_save;  // a copy of them is trained besides; ends of paths
-  std::vector<std::int64_t> layers;          // only these blocks; empty: all
+  std::vector<std::int64_t> layers;          // only these blocks (with a list of names); empty: all
   std::vector<std::string> layer_lists;      // the lists that `layers` counts in: "h"
   // Other ranks and alphas where the regex matches the end of the path after a dot; the first
   // match counts.
@@ -48,6 +48,7 @@ struct LoraConfig {
   std::string bias = "none";
   // Adapters of a bf16 model are f32 (PEFT: autocast_adapter_dtype; not in its file).
   bool widen = true;
+  // The task counts for language models only; new adapters of others have none.
   std::optional<std::string> task = "CAUSAL_LM", base_model;
 };
 

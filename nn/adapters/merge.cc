@@ -13,6 +13,7 @@
 #include "nn/embedding.h"
 #include "nn/linear.h"
 #include "nn/lora.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::nn {
 namespace {
@@ -131,12 +132,14 @@ NamedAdapter& active(Model& model) {
   return *adapter;
 }
 
-void check_mergeable(Model& model, const NamedAdapter& adapter) {
+void check_mergeable(Model& model, NamedAdapter& adapter) {
   if (adapter.merged) {
     fail("lora", "adapter \"{}\" is merged already", adapter.name);
   }
-  for (const PlacedAdapter& layer : adapter.layers) {
-    if (layer.embedding != nullptr && model.head() == nullptr) {
+  auto* const language = dynamic_cast<LanguageModel*>(&model);
+  const bool tied = language != nullptr && language->head() == nullptr;
+  for (PlacedAdapter& layer : adapter.layers) {
+    if (tied && &weight_of(layer) == &language->embedding_table()) {
       fail("lora",
            "the adapter on {} cannot be merged: this table is the head too, which the adapter does "
            "not change",

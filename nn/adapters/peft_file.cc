@@ -67,7 +67,20 @@ std::optional<std::string> read_optional(JsonReader& json, std::string_view key)
   return json.has(key) ? std::optional(json.string(key)) : std::nullopt;
 }
 
-LoraConfig read_config(JsonReader& json) {
+// The keys of an object in the order of the file: the first pattern that matches counts, and the
+// reader has them sorted.
+std::vector<std::string> keys_in_order(const nlohmann::ordered_json& document, const char* key) {
+  std::vector<std::string> keys;
+  if (const auto found = document.find(key); found != document.end() && found->is_object()) {
+    for (const auto& item : found->items()) {
+      keys.push_back(item.key());
+    }
+  }
+  return keys;
+}
+
+// `document`: the same file.
+LoraConfig read_config(JsonReader& json, const nlohmann::ordered_json& document) {
   LoraConfig config;
   if (json.string("peft_type") != "LORA" && json.status().ok()) {
     json.refuse("peft_type", fmt::format("must be \"LORA\", got \"{}\"", json.string("peft_type")));
@@ -103,10 +116,10 @@ LoraConfig read_config(JsonReader& json) {
     config.layer_lists = json.strings("layers_pattern", std::vector<std::string>{});
   }
   JsonReader ranks = json.object("rank_pattern"), alphas = json.object("alpha_pattern");
-  for (const std::string& key : ranks.keys()) {
+  for (const std::string& key : keys_in_order(document, "rank_pattern")) {
     config.ranks.emplace_back(key, ranks.integer_from(1, key));
   }
-  for (const std::string& key : alphas.keys()) {
+  for (const std::string& key : keys_in_order(document, "alpha_pattern")) {
     config.alphas.emplace_back(key, alphas.number(key));
   }
   config.bias = json.string("bias", "none");
@@ -289,25 +302,31 @@ std::string to_json(const LoraConfig& config, Model& model) {
   if (!config.layer_lists.empty()) {
     json["layers_pattern"] = config.layer_lists;
   }
+  nlohmann::ordered_json document = json;  // sorted but for the patterns, whose order counts
   for (const auto& [key, value] : config.ranks) {
-    json["rank_pattern"][key] = value;
+    document["rank_pattern"][key] = value;
   }
   for (const auto& [key, value] : config.alphas) {
     if (value == std::floor(value)) {
-      json["alpha_pattern"][key] = static_cast<std::int64_t>(value);
+      document["alpha_pattern"][key] = static_cast<std::int64_t>(value);
     } else {
-      json["alpha_pattern"][key] = value;
+      document["alpha_pattern"][key] = value;
     }
   }
-  return json.dump(2) + "\n";
+  return document.dump(2) + "\n";
 }
 
 absl::StatusOr<LoraConfig> read_lora_config(const std::string& folder) {
-  absl::StatusOr<JsonReader> json = JsonReader::open(inside(folder, kConfig));
+  const std::string path = inside(folder, kConfig);
+  std::string text;
+  if (const absl::Status status = read_file(path, text); !status.ok()) {
+    return status;
+  }
+  absl::StatusOr<JsonReader> json = JsonReader::parse(text, path);
   if (!json.ok()) {
     return json.status();
   }
-  LoraConfig config = read_config(*json);
+  LoraConfig config = read_config(*json, nlohmann::ordered_json::parse(text));
   if (!json->status().ok()) {
     return json->status();
   }

@@ -10,6 +10,7 @@
 #include "core/nearest.h"
 #include "nn/embedding.h"
 #include "nn/linear.h"
+#include "nn/models/language_model.h"
 
 namespace reprise::nn {
 namespace {
@@ -41,11 +42,11 @@ class Matcher {
   std::regex regex_;
 };
 
-// Whether the path lies in one of the wanted blocks. A regex for targets is not filtered.
+// Whether the path lies in one of the wanted blocks.
 class LayerFilter {
  public:
   explicit LayerFilter(const LoraConfig& config) : config_(config) {
-    if (config.layers.empty() || !config.targets.regex.empty()) {
+    if (config.layers.empty()) {
       return;
     }
     std::vector<std::string> lists = config.layer_lists;
@@ -137,6 +138,11 @@ void check(const LoraConfig& config) {
   if (!std::isfinite(config.alpha)) {
     fail("lora", "alpha must be a number, got {}", config.alpha);
   }
+  // A list of names is what PEFT filters by layers: it refuses such a file.
+  if (!config.layers.empty() && (config.all_linear || !config.targets.regex.empty())) {
+    fail("lora", "layers_to_transform must be absent with target_modules \"{}\", which is no list",
+         config.all_linear ? "all-linear" : config.targets.regex);
+  }
   if (config.b_bias && config.weight_decomposed) {
     fail("lora", "lora_bias cannot be on together with use_dora");
   }
@@ -157,6 +163,9 @@ std::string near_text(const std::string& name, const std::vector<NamedModule>& m
 // A tied head is the embedding table: there is no module of its own to put an adapter on, or to
 // train apart from the table.
 void refuse_tied(Model& model, const std::string& name, std::string_view argument, bool head_only) {
+  if (dynamic_cast<LanguageModel*>(&model) == nullptr) {
+    return;
+  }
   const bool head = ends_path(name, "lm_head");
   const bool table = ends_path(name, "embed_tokens") || ends_path(name, "wte");
   if (model.head() == nullptr && (head || (table && !head_only))) {

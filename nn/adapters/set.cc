@@ -63,7 +63,7 @@ void AdapterSet::remove(NamedAdapter& adapter) {
 }
 
 Tensor AdapterSet::base_value(const Parameter& parameter) const {
-  if (active_ != nullptr) {
+  if (active_ != nullptr && !active_->merged) {
     for (const OwnValue& own : active_->values) {
       if (own.parameter == &parameter) {
         return own.other;

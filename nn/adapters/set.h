@@ -53,7 +53,7 @@ class AdapterSet {
   void activate(NamedAdapter& adapter);
   void deactivate();
   void remove(NamedAdapter& adapter);
-  // The model's own value of a parameter, whatever is active.
+  // The model's own value of a parameter, whatever is active; the present one when it is merged.
   Tensor base_value(const Parameter& parameter) const;
 
  private:

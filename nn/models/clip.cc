@@ -505,8 +505,15 @@ std::string Clip::write_config() const {
 }
 
 ClipVision::ClipVision(const ClipVisionConfig& config, Place place) : vision_model(config, place) {
-  add("vision_model", vision_model);
+  add("embeddings", vision_model.embeddings);
+  add("pre_layrnorm", vision_model.pre_layrnorm);
+  add("encoder", vision_model.encoder);
+  add("post_layernorm", vision_model.post_layernorm);
   name_parameters();
+}
+
+std::vector<FileKey> ClipVision::file_keys(const std::string& path) const {
+  return {{"vision_model." + path}, {path}};
 }
 
 Variable ClipVision::loss(const Batch& batch, const LossOptions& options) {

@@ -220,7 +220,8 @@ class ClipVision : public Model {
   std::vector<NamedOutput> outputs(const Batch& batch) override;
   void initialize(Generator& generator) override { vision_model.initialize(generator); }
   std::string_view type() const override { return "clip_vision_model"; }
-  std::string_view trunk_prefix() const override { return "vision_model."; }
+  // Files call the tower vision_model, today's code and the adapters that it writes do not.
+  std::vector<FileKey> file_keys(const std::string& path) const override;
   bool is_buffer(std::string_view key) const override;
 
   ClipVisionTower vision_model;

@@ -138,6 +138,11 @@ Gpt2::Gpt2(const Gpt2Config& config, Place place) : transformer(config, place), 
 
 Variable Gpt2::hidden(const Batch& batch) {
   check(batch);
+  if (!batch.positions.defined() && batch.starts.empty() && batch.ids.numel() > 0 &&
+      batch.ids.size(1) > config_.positions) {
+    fail("model", "a row may have n_positions = {} tokens, got {}", config_.positions,
+         batch.ids.size(1));
+  }
   return transformer(batch, positions_of(batch, /*every_row=*/true));
 }
 

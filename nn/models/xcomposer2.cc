@@ -340,7 +340,8 @@ std::string XComposer2::write_config() const {
 }
 
 bool XComposer2::is_buffer(std::string_view key) const {
-  return key.ends_with("rotary_emb.inv_freq") || key.ends_with("embeddings.position_ids");
+  return key.ends_with("rotary_emb.inv_freq") || key.ends_with("embeddings.position_ids") ||
+         (config_.decoder.tied && key == "output.weight");
 }
 
 Tensor xcomposer2_views(const Tensor& image, std::int64_t side) {

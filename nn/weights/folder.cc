@@ -113,15 +113,29 @@ absl::Status verify(const std::string& path, const std::vector<NamedTensor>& ten
   return absl::OkStatus();
 }
 
+std::vector<TensorLayout> layouts_of(const Model& model, std::span<const NamedParameter> entries) {
+  std::vector<TensorLayout> layouts;
+  for (const NamedParameter& entry : entries) {
+    layouts.push_back({model.file_keys(entry.path).front().key, entry.parameter->shape(),
+                       entry.parameter->dtype()});
+  }
+  return layouts;
+}
+
 absl::Status write_shard(const Model& model, const std::string& path,
                          std::span<const NamedParameter> entries,
-                         const std::function<Tensor(const NamedParameter&)>& value, bool verified) {
+                         const std::function<Tensor(const NamedParameter&)>& value,
+                         const SaveOptions& options) {
+  if (options.one_by_one) {
+    return stream_safetensors(path, layouts_of(model, entries),
+                              [&](std::size_t i) { return value(entries[i]); });
+  }
   std::vector<NamedTensor> tensors;
   for (const NamedParameter& entry : entries) {
     tensors.push_back({model.file_keys(entry.path).front().key, value(entry)});
   }
   const absl::Status status = write_safetensors(path, tensors);
-  return status.ok() && verified ? verify(path, tensors) : status;
+  return status.ok() && options.verify ? verify(path, tensors) : status;
 }
 
 absl::Status write_index(const Model& model, const std::string& folder,
@@ -361,6 +375,22 @@ absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
 
 }  // namespace
 
+absl::Status read_elements(const WeightFolder& weights, const Model& model, const std::string& path,
+                           std::int64_t first, const Tensor& to) {
+  const FileKey place = place_in(weights, model, path);
+  const SafetensorsFile* const file = weights.find(place.key);
+  if (file == nullptr) {
+    return absl::NotFoundError(
+        fmt::format("{}: there is no tensor \"{}\"", weights.folder(), place.key));
+  }
+  const std::vector<std::uint64_t>& shape = file->find(place.key)->shape;
+  std::int64_t row = 1;  // elements of a row of the larger tensor
+  for (std::size_t dim = 1; place.rows > 0 && dim < shape.size(); ++dim) {
+    row *= static_cast<std::int64_t>(shape[dim]);
+  }
+  return file->read_elements_into(place.key, place.first * row + first, to);
+}
+
 absl::Status load_weights(const std::string& folder, Model& model, bool map) {
   const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
   if (!weights.ok()) {
@@ -412,6 +442,14 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
     if (!status.ok()) {
       return status;
     }
+    if (!options.values) {
+      for (Parameter* p : (*shapes)->parameters()) {
+        Tensor layout = Tensor::wrap(nullptr, p->shape(), p->dtype(), options.place.device);
+        layout.drop_storage();
+        p->bind_value(std::move(layout));
+      }
+      return shapes;
+    }
     absl::StatusOr<std::unique_ptr<Model>> model = build_model(*config, options.place);
     status = model.ok() ? read_weights(*weights, **model, options.map) : model.status();
     return status.ok() ? std::move(model) : status;
@@ -422,11 +460,25 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
   }
 }
 
+std::vector<NamedParameter> save_order(Model& model, const SaveOptions& options) {
+  const std::vector<NamedParameter> entries = weights_of_file(model);
+  std::vector<NamedParameter> order;
+  for (const auto& shard : split(entries, options.max_shard_bytes)) {
+    for (const std::size_t i : write_order(layouts_of(model, shard))) {
+      order.push_back(shard[i]);
+    }
+  }
+  return order;
+}
+
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options) {
   std::error_code error;
   fs::create_directories(folder, error);
   if (error) {
     return absl::ErrnoToStatus(error.value(), folder);
+  }
+  if (options.verify && options.one_by_one) {
+    return absl::InvalidArgumentError("verify and one_by_one exclude each other");
   }
   const std::vector<NamedParameter> entries = weights_of_file(model);
   const auto own = [&](const NamedParameter& entry) {
@@ -440,7 +492,7 @@ absl::Status save_model(Model& model, const std::string& folder, const SaveOptio
     files.push_back(shards.size() == 1
                         ? std::string(kSingle)
                         : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size()));
-    status = write_shard(model, inside(folder, files.back()), shards[i], value, options.verify);
+    status = write_shard(model, inside(folder, files.back()), shards[i], value, options);
   }
   if (status.ok() && shards.size() > 1) {
     status = write_index(model, folder, shards, files);

@@ -49,6 +49,9 @@ struct LoadOptions {
   // parameter is the file: while the model lives the file must not be written to in place
   // (nn/weights/safetensors.h); another file may take its place. False: a copy.
   bool map = true;
+  // Without values: the parameters have shape, dtype and device but no memory, and what is in the
+  // files is only checked. For who reads parts of it (distributed/sharded_folder.h).
+  bool values = true;
 };
 
 // A finished model, all parameters trainable. Every tensor must have its place and every parameter
@@ -59,19 +62,29 @@ absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
 // The parameters of DIR into a model that was built already.
 absl::Status load_weights(const std::string& folder, Model& model, bool map = true);
 
+// Elements [first, first + n) in row-major order of the parameter at `path`, into `to` [n]. The
+// folder must have been checked, as load_model does.
+absl::Status read_elements(const WeightFolder& weights, const Model& model, const std::string& path,
+                           std::int64_t first, const Tensor& to);
+
 struct SaveOptions {
   std::int64_t max_shard_bytes = 5'000'000'000;
   // What is written for a parameter, of its shape and dtype; by default the model's own value. It
-  // is asked for a shard at a time.
+  // is asked for a file at a time, or with `one_by_one`, which excludes `verify`, for a parameter
+  // at a time in save_order().
   std::function<Tensor(const NamedParameter&)> value;
+  bool one_by_one = false;
   // Every file is read again after it was written, and compared bit by bit.
   bool verify = false;
 };
 
 // Writes config.json and the weights, in shards when they exceed one. A folder that is there is
 // overwritten file by file; no reader sees half a file. Adapters, and what they train besides, are
-// not written (see nn/lora.h).
+// not written (see nn/lora.h); one that is merged is in the weights.
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options = {});
+
+// Those that save_model writes, in the order in which it asks for them one by one.
+std::vector<NamedParameter> save_order(Model& model, const SaveOptions& options = {});
 
 // The key of the parameter at `path` in these files: that of model.file_keys() which they have. The
 // path itself when they have none, or hold the parameter as rows of a larger tensor.

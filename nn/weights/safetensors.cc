@@ -363,6 +363,25 @@ absl::Status SafetensorsFile::read_rows_into(std::string_view name, std::int64_t
   return convert_into(tensor, static_cast<std::uint64_t>(skipped * size_bits(tensor.type) / 8), to);
 }
 
+absl::Status SafetensorsFile::read_elements_into(std::string_view name, std::int64_t first,
+                                                 const Tensor& to) const {
+  const absl::StatusOr<const StoredTensor*> found = get(name);
+  if (!found.ok()) {
+    return found.status();
+  }
+  const StoredTensor& tensor = **found;
+  const absl::StatusOr<Shape> shape = shape_of(tensor, path_);
+  if (!shape.ok()) {
+    return shape.status();
+  }
+  if (to.rank() != 1 || first < 0 || first > shape->numel() - to.numel()) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: tensor \"{}\" of shape {} has no elements {} and on of shape {}", path_,
+                    name, shape_text(tensor.shape), first, to_string(to.shape())));
+  }
+  return convert_into(tensor, static_cast<std::uint64_t>(first * size_bits(tensor.type) / 8), to);
+}
+
 absl::Status SafetensorsFile::convert_into(const StoredTensor& tensor, std::uint64_t skipped_bytes,
                                            const Tensor& to) const {
   if (tensor.type != stored_type(to.dtype()) && conversion(tensor.type, to.dtype()) == nullptr) {

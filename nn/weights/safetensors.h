@@ -20,6 +20,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -104,6 +105,9 @@ class SafetensorsFile {
   absl::Status read_into(std::string_view name, const Tensor& to) const;
   // The same of the rows (the first dimension) from `first` on, as many as `to` has.
   absl::Status read_rows_into(std::string_view name, std::int64_t first, const Tensor& to) const;
+  // The same of elements in row-major order, from `first` on, as many as `to` [n] has.
+  absl::Status read_elements_into(std::string_view name, std::int64_t first,
+                                  const Tensor& to) const;
 
  private:
   SafetensorsFile() = default;
@@ -131,5 +135,17 @@ struct NamedTensor {
 // share memory (tied weights are written once), floating tensors on meta.
 absl::Status write_safetensors(const std::string& path, std::span<const NamedTensor> tensors,
                                const Metadata& metadata = {{"format", "pt"}});
+
+// The same, one tensor in memory at a time: value(i) is asked for tensors[i] in the order of the
+// file, which is that of write_order(), and must have its shape and dtype.
+struct TensorLayout {
+  std::string name;
+  Shape shape;
+  DType dtype = DType::f32;
+};
+std::vector<std::size_t> write_order(std::span<const TensorLayout> tensors);
+absl::Status stream_safetensors(const std::string& path, std::span<const TensorLayout> tensors,
+                                const std::function<Tensor(std::size_t)>& value,
+                                const Metadata& metadata = {{"format", "pt"}});
 
 }  // namespace reprise::nn

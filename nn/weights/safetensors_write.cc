@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <set>
 #include <tuple>
 
@@ -22,10 +23,10 @@ std::string quoted(const std::string& text) {
   return nlohmann::json(text).dump();
 }
 
-absl::Status check_names(const std::string& path, std::span<const NamedTensor> tensors,
+absl::Status check_names(const std::string& path, std::span<const TensorLayout> tensors,
                          const Metadata& metadata) {
   std::set<std::string_view> names;
-  for (const NamedTensor& entry : tensors) {
+  for (const TensorLayout& entry : tensors) {
     if (!utf8::is_valid(entry.name) || entry.name == "__metadata__") {
       return absl::InvalidArgumentError(
           fmt::format("{}: a tensor cannot be called \"{}\"", path, entry.name));
@@ -34,15 +35,21 @@ absl::Status check_names(const std::string& path, std::span<const NamedTensor> t
       return absl::InvalidArgumentError(
           fmt::format("{}: tensor \"{}\" is given twice", path, entry.name));
     }
-    if (!entry.tensor.defined() || entry.tensor.is_meta()) {
-      return absl::InvalidArgumentError(
-          fmt::format("{}: tensor \"{}\" has no elements", path, entry.name));
-    }
   }
   for (const auto& [key, value] : metadata) {
     if (!utf8::is_valid(key) || !utf8::is_valid(value)) {
       return absl::InvalidArgumentError(
           fmt::format("{}: metadata \"{}\" must be UTF-8", path, key));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status check_elements(const std::string& path, std::span<const NamedTensor> tensors) {
+  for (const NamedTensor& entry : tensors) {
+    if (!entry.tensor.defined() || entry.tensor.is_meta()) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: tensor \"{}\" has no elements", path, entry.name));
     }
   }
   return absl::OkStatus();
@@ -75,7 +82,8 @@ absl::Status check_memory(const std::string& path, std::span<const NamedTensor> 
   return absl::OkStatus();
 }
 
-std::string header_text(const std::vector<const NamedTensor*>& ordered, const Metadata& metadata) {
+std::string header_text(std::span<const TensorLayout> tensors,
+                        const std::vector<std::size_t>& order, const Metadata& metadata) {
   std::string text = "{";
   if (!metadata.empty()) {
     text += "\"__metadata__\":{";
@@ -85,13 +93,14 @@ std::string header_text(const std::vector<const NamedTensor*>& ordered, const Me
     text += "}";
   }
   std::int64_t begin = 0;
-  for (const NamedTensor* entry : ordered) {
-    const Tensor& tensor = entry->tensor;
-    text +=
-        fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
-                    text == "{" ? "" : ",", quoted(entry->name), name(stored_type(tensor.dtype())),
-                    fmt::join(tensor.shape().sizes(), ","), begin, begin + tensor.bytes());
-    begin += tensor.bytes();
+  for (const std::size_t i : order) {
+    const TensorLayout& entry = tensors[i];
+    const std::int64_t bytes =
+        entry.shape.numel() * static_cast<std::int64_t>(size_bytes(entry.dtype));
+    text += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                        text == "{" ? "" : ",", quoted(entry.name), name(stored_type(entry.dtype)),
+                        fmt::join(entry.shape.sizes(), ","), begin, begin + bytes);
+    begin += bytes;
   }
   text += "}";
   text.resize((text.size() + 7) / 8 * 8, ' ');
@@ -100,24 +109,24 @@ std::string header_text(const std::vector<const NamedTensor*>& ordered, const Me
 
 }  // namespace
 
-absl::Status write_safetensors(const std::string& path, std::span<const NamedTensor> tensors,
-                               const Metadata& metadata) {
-  absl::Status status = check_names(path, tensors, metadata);
-  if (status.ok()) {
-    status = check_memory(path, tensors);
-  }
-  if (!status.ok()) {
+std::vector<std::size_t> write_order(std::span<const TensorLayout> tensors) {
+  std::vector<std::size_t> order(tensors.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::ranges::sort(order, [&](std::size_t a, std::size_t b) {
+    const StoredType left = stored_type(tensors[a].dtype), right = stored_type(tensors[b].dtype);
+    return left != right ? left > right : tensors[a].name < tensors[b].name;
+  });
+  return order;
+}
+
+absl::Status stream_safetensors(const std::string& path, std::span<const TensorLayout> tensors,
+                                const std::function<Tensor(std::size_t)>& value,
+                                const Metadata& metadata) {
+  if (const absl::Status status = check_names(path, tensors, metadata); !status.ok()) {
     return status;
   }
-  std::vector<const NamedTensor*> ordered;
-  for (const NamedTensor& entry : tensors) {
-    ordered.push_back(&entry);
-  }
-  std::sort(ordered.begin(), ordered.end(), [](const NamedTensor* a, const NamedTensor* b) {
-    const StoredType left = stored_type(a->tensor.dtype()), right = stored_type(b->tensor.dtype());
-    return left != right ? left > right : a->name < b->name;
-  });
-  const std::string header = header_text(ordered, metadata);
+  const std::vector<std::size_t> order = write_order(tensors);
+  const std::string header = header_text(tensors, order, metadata);
 
   ReplaceFile file(path);
   std::array<char, 8> length{};
@@ -126,13 +135,36 @@ absl::Status write_safetensors(const std::string& path, std::span<const NamedTen
   }
   file.append(length.data(), length.size());
   file.append(header.data(), header.size());
-  for (const NamedTensor* entry : ordered) {
-    const Tensor host = entry->tensor.to(cpu).contiguous();
+  for (const std::size_t i : order) {
+    const Tensor host = value(i).to(cpu).contiguous();
+    if (host.shape() != tensors[i].shape || host.dtype() != tensors[i].dtype) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: tensor \"{}\" must be {} {}, got {} {}", path, tensors[i].name,
+                      reprise::name(tensors[i].dtype), to_string(tensors[i].shape),
+                      reprise::name(host.dtype()), to_string(host.shape())));
+    }
     if (host.numel() > 0) {
       file.append(host.raw(), static_cast<std::size_t>(host.bytes()));
     }
   }
   return file.commit();
+}
+
+absl::Status write_safetensors(const std::string& path, std::span<const NamedTensor> tensors,
+                               const Metadata& metadata) {
+  absl::Status status = check_elements(path, tensors);
+  if (status.ok()) {
+    status = check_memory(path, tensors);
+  }
+  if (!status.ok()) {
+    return status;
+  }
+  std::vector<TensorLayout> layouts;
+  for (const NamedTensor& entry : tensors) {
+    layouts.push_back({entry.name, entry.tensor.shape(), entry.tensor.dtype()});
+  }
+  return stream_safetensors(
+      path, layouts, [&](std::size_t i) { return tensors[i].tensor; }, metadata);
 }
 
 }  // namespace reprise::nn

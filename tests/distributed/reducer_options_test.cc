@@ -2,8 +2,6 @@
 // right whatever is combined is the random runs' part (random_ranks_test.cc).
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -32,14 +30,6 @@ std::vector<std::vector<float>> gradients_of(const ToyModel& model) {
   std::vector<std::vector<float>> result;
   for (const Parameter* p : model.parameters) {
     result.push_back(p->has_gradient() ? p->gradient().to_vector<float>() : std::vector<float>());
-  }
-  return result;
-}
-
-std::vector<std::vector<float>> values_of(const ToyModel& model) {
-  std::vector<std::vector<float>> result;
-  for (const Parameter* p : model.parameters) {
-    result.push_back(p->value().to_vector<float>());
   }
   return result;
 }
@@ -341,7 +331,9 @@ Trained train(Communicator& ranks, bool early) {
       result.updates_before_swept += e.kind == Kind::update && !swept;
     }
   }
-  result.values = values_of(job.model);
+  for (const Parameter* p : job.model.parameters) {
+    result.values.push_back(p->value().to_vector<float>());
+  }
   return result;
 }
 
@@ -532,12 +524,10 @@ TEST(ReducerShards, MistakesOfTheCaller) {
               });
             }),
             "[reducer] shards must be a multiple of the 2 ranks, got 3");
-  const auto two = world_of_one();
-  EXPECT_EQ(error_of([&] { Reducer(*two, job.model.parameters, {.compress = true, .shards = 2}); }),
+  EXPECT_EQ(error_of([&] { Reducer(*one, job.model.parameters, {.compress = true, .shards = 2}); }),
             "[reducer] with shards gradients cannot be compressed: bits would depend on the ranks");
 }
 
-// An invariant that does not hold names all that is known.
 TEST(ReducerInvariants, AParameterThatIsReadyTwiceIsNamedWithItsContributions) {
   Job job;
   const auto one = world_of_one();

@@ -473,6 +473,57 @@ TEST(Adapters, ATableThatIsTheHeadTooCannotBeMerged) {
       "which the adapter does not change");
 }
 
+TEST(Adapters, AnotherTableThanTheTiedOneCanBeMerged) {
+  const auto model = load("gpt2");
+  const Batch batch = batch_of("gpt2");
+  Generator generator;
+  add_lora(*model, {.init = LoraInit::random, .targets = {{"wpe"}, ""}}, generator);
+  const auto apart = logits(*model, batch);
+  merge_adapter(*model);
+  EXPECT_LT(relative(logits(*model, batch), apart), 1e-5);
+}
+
+// A model that computes with a merged adapter is saved as it computes, with what was trained
+// beside.
+TEST(Adapters, AMergedModelIsSavedWhole) {
+  const auto model = load("gpt2_lora_saved");
+  const Batch batch = batch_of("gpt2_lora_saved");
+  ASSERT_TRUE(load_adapter(*model, (golden("gpt2_lora_saved") / "adapter").string()).ok());
+  merge_adapter(*model);
+  const Folder out;
+  ASSERT_TRUE(save_model(*model, out.path().string()).ok());
+  const auto again = load_model(out.path().string());
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(logits(**again, batch), logits(*model, batch));
+}
+
+// PEFT's file of a model that generates no text has no task, and the paths of today's code.
+TEST(Adapters, OfATowerForImages) {
+  const auto model = load("clip_vision");
+  Generator generator;
+  add_lora(*model, {.init = LoraInit::random, .targets = {{"q_proj"}, ""}}, generator);
+  const Folder folder;
+  ASSERT_TRUE(save_adapter(*model, folder.path().string()).ok());
+  const auto config =
+      nlohmann::json::parse(testing::contents(folder.path() / "adapter_config.json"));
+  EXPECT_TRUE(config["task_type"].is_null());
+  const std::string path = folder.at("adapter_model.safetensors");
+  std::vector<NamedTensor> tensors;
+  {
+    const auto file = SafetensorsFile::open(path);
+    ASSERT_NE(file->find("base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight"),
+              nullptr);
+    for (const StoredTensor& tensor : file->tensors()) {
+      std::string name = tensor.name;
+      name.insert(std::string("base_model.model.").size(), "vision_model.");
+      tensors.push_back({name, file->read(tensor.name)->clone()});
+    }
+  }
+  EXPECT_TRUE(load_adapter(*load("clip_vision"), folder.path().string()).ok());
+  ASSERT_TRUE(write_safetensors(path, tensors).ok());
+  EXPECT_TRUE(load_adapter(*load("clip_vision"), folder.path().string()).ok());
+}
+
 TEST(Adapters, ExportWritesTheMergedModelAndLeavesThisOne) {
   for (const std::string name : {"qwen2_dora", "gpt2_lora", "qwen2_lora_extras"}) {
     SCOPED_TRACE(name);

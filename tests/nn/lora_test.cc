@@ -280,6 +280,13 @@ TEST(Lora, Mistakes) {
   EXPECT_EQ(mistake("qwen2", {.dropout = 1}), "[lora] dropout must be from 0 to below 1, got 1");
   EXPECT_EQ(mistake("qwen2", {.bias = "some"}),
             "[lora] bias must be none, all or lora_only, got \"some\"");
+  EXPECT_EQ(
+      mistake("qwen2", {.all_linear = true, .layers = {1}}),
+      "[lora] layers_to_transform must be absent with target_modules \"all-linear\", which is "
+      "no list");
+  EXPECT_EQ(mistake("qwen2", {.targets = {{}, ".*q_proj"}, .layers = {1}}),
+            "[lora] layers_to_transform must be absent with target_modules \".*q_proj\", which is "
+            "no list");
   EXPECT_EQ(mistake("qwen2", {.ranks = {{"q_proj", 0}}}),
             "[lora] rank_pattern gives model.layers.0.self_attn.q_proj the rank 0, 1 is the least");
   EXPECT_EQ(mistake("qwen2", {.modules_to_save = {"score"}}),
@@ -373,6 +380,27 @@ TEST(Lora, AdapterFilesThatAreWrong) {
   const auto model = load("qwen2_lora");
   EXPECT_EQ(load_adapter(*model, empty.path().string()).status().code(),
             absl::StatusCode::kNotFound);
+}
+
+// The first pattern that matches counts, in an order that is not that of their names.
+TEST(Lora, PatternsKeepTheirOrderInAFile) {
+  const auto model = load("qwen2");
+  Generator generator;
+  add_lora(*model,
+           {.targets = {{"down_proj", "v_proj"}, ""},
+            .ranks = {{R"(layers\.1\.mlp\.down_proj)", 3}, {"down_proj", 6}},
+            .alphas = {{"v_proj", 2.5}, {"[a-z]_proj", 7}}},
+           generator);
+  const Folder folder;
+  ASSERT_TRUE(save_adapter(*model, folder.path().string()).ok());
+  const auto again = load("qwen2");
+  const auto config = load_adapter(*again, folder.path().string());
+  ASSERT_TRUE(config.ok()) << config.status();
+  ASSERT_EQ(config->ranks.size(), 2u);
+  EXPECT_EQ(config->ranks.front().second, 3);
+  EXPECT_EQ(config->alphas.front().second, 2.5);
+  const std::string path = "model.layers.1.mlp.down_proj.lora_A.weight";
+  EXPECT_EQ(again->find_parameter(path)->shape()[0], 3);
 }
 
 TEST(Lora, ConfigsOfOtherForms) {

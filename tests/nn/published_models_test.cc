@@ -179,7 +179,7 @@ const std::vector<Published>& published() {
            "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
            "patch_size": 14})",
        303'507'456,
-       {{"vision_model.encoder.layers.0.*", 12'596'224}}},
+       {{"encoder.layers.0.*", 12'596'224}}},
       {"XComposer2.5-7B",
        internlm2(R"("model_type": "internlmxcomposer2", "max_position_embeddings": 24576,
            "architectures": ["InternLMXComposer2ForCausalLM"], "max_length": 16384)"),

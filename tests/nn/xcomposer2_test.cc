@@ -223,6 +223,14 @@ TEST(XComposer2, WhatIsWrittenBuildsTheSameModel) {
   }
 }
 
+TEST(XComposer2, ATiedHeadMayBeInTheFile) {
+  const auto tied = read(kDecoder + R"(8}, "tie_word_embeddings": true})"), apart = read(kSquare);
+  ASSERT_TRUE(tied.ok()) << tied.status();
+  EXPECT_EQ((*tied)->head(), nullptr);
+  EXPECT_TRUE((*tied)->is_buffer("output.weight"));
+  EXPECT_FALSE((*apart)->is_buffer("output.weight"));
+}
+
 // What no config says: rank, image size and tiles are those of the weights.
 TEST(XComposer2, SizesComeFromTheWeights) {
   const auto square = load_model(testing::golden("xcomposer2").string());

@@ -131,6 +131,12 @@ TEST(Memory, OfACommandLine) {
   testing::expect_refused("memory /nowhere.json", "/nowhere.json: No such file or directory");
   testing::expect_refused("memory " + config("qwen2-0.5b") + " --tokens 0",
                           "--tokens: must be a whole number from 1 to 1048576, got \"0\"");
+  testing::expect_refused("memory " + config("qwen2-0.5b") + " --dora", "--dora requires --lora");
+  testing::expect_refused("explain " + config("qwen2-0.5b") + " --targets q_proj",
+                          "--targets requires --lora");
+  testing::expect_refused("memory " + testing::golden("gpt2").string() + " --tokens 25",
+                          testing::golden("gpt2").string() +
+                              ": [model] a row may have n_positions = 24 tokens, got 25");
   testing::expect_refused("memory " + config("qwen2-0.5b") + " --lora 4 --targets wqkv",
                           "[lora] no module of this qwen2 matches target_modules [wqkv]");
 }

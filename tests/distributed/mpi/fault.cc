@@ -16,6 +16,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "distributed/communicator.h"
+
 namespace reprise::testing {
 namespace {
 
@@ -116,6 +118,10 @@ TEST(Faults, NoneEndsWell) {
   const Ended ended = run({REPRISE_MPIEXEC, "-n", "3", REPRISE_FAULTY, "none", "0"});
   EXPECT_EQ(ended.code, 0) << ended.text;
   EXPECT_TRUE(ended.left.empty());
+}
+
+bool mpich() {
+  return distributed::mpi_library().find("MPICH") != std::string::npos;
 }
 
 // Ranks that a line of ours says something bad of.
@@ -262,7 +268,8 @@ TEST(Faults, WithoutProgress) {
 
 TEST(Faults, BeforeTheStart) {
   check(2, {"stop@start", {"MPI did not start within 5.0 s: rank 1"}});
-  check(2, {"exit3@start", {"rank 1"}});
+  // MPICH's mpirun waits for the others then.
+  check(2, {"exit3@start", {mpich() ? "one has not come so far" : "rank 1"}});
 }
 
 // mpirun sees these as well, and may end the others before they can speak: then the launcher says
@@ -277,7 +284,8 @@ TEST(Faults, Dead) {
   check(3, {"exit0@optimizer", {text}, 2});
   check(2, {"exit3@forward", {text}});
   check(2, {"exit3@end", {text}, 0});
-  check(3, {"exit0@end", {text}, 1, false});
+  // MPICH's mpirun alone takes a rank that left with 0 for the end of the job: ours does not.
+  check(3, {"exit0@end", {text}, 1, mpich()});
 }
 
 TEST(Faults, SlowIsOnlyAWarning) {
@@ -296,7 +304,11 @@ TEST(Faults, TheProgramWithAnotherSeed) {
   const Ended ended = run({REPRISE_MPIEXEC, "-n", "1", REPRISE_PROGRAM, "demo", "--seed", "1",
                            "--text", REPRISE_TEXT, ":", "-n", "1", REPRISE_PROGRAM, "demo",
                            "--seed", "2", "--text", REPRISE_TEXT, "--gradients-out"});
-  EXPECT_EQ(ended.code, 86) << ended.text;
+  if (mpich()) {  // its mpirun may take the code of a rank that it ended itself
+    EXPECT_NE(ended.code, 0) << ended.text;
+  } else {
+    EXPECT_EQ(ended.code, 86) << ended.text;
+  }
   EXPECT_NE(ended.text.find("rank 0 has seed 1, rank 1 has seed 2"), std::string::npos)
       << ended.text;
 }
@@ -318,6 +330,11 @@ TEST(Supervise, HandsOnTheExitCode) {
 
 TEST(Supervise, SaysThatARankWasKilledAndNoMore) {
   const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "kill@start", "1"});
+  if (mpich()) {  // its mpirun gives the signal as an exit code, and has words of its own
+    EXPECT_EQ(ended.code, SIGKILL) << ended.text;
+    EXPECT_NE(ended.text.find("rank 1"), std::string::npos) << ended.text;
+    return;
+  }
   EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
   EXPECT_EQ(count(ended.text, "reprise: a rank was ended by signal 9 (Killed)\n"), 1) << ended.text;
   EXPECT_EQ(count(ended.text, "------"), 0) << ended.text;
