@@ -45,20 +45,19 @@ Sharding::Sharding(Communicator& communicator, std::vector<Parameter*> parameter
       }
     }
   }
-  if (options.stage == 3) {
-    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order);
-  } else {
-    hold_whole_values();
-  }
   if (options.stage == 1) {
     std::vector<Parameter*> trainable;
     std::ranges::copy_if(parameters_, std::back_inserter(trainable), &Parameter::trainable);
-    ReducerOptions reduction = options.reduction;
-    reduction.divisor = options.divisor;
-    reducer_ = std::make_unique<Reducer>(communicator, std::move(trainable), reduction);
+    reducer_ = std::make_unique<Reducer>(communicator, std::move(trainable), options.reduction);
   } else {
     gradients_ =
-        std::make_unique<ShardedGradients>(communicator, parameters_, units_, options.divisor);
+        std::make_unique<ShardedGradients>(communicator, parameters_, units_, options.reduction);
+  }
+  if (options.stage == 3) {
+    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order,
+                                              *gradients_, options.gather_again);
+  } else {
+    hold_whole_values();
   }
   make_shards();
   for (const auto& [p, place] : slots_) {
@@ -89,20 +88,37 @@ void Sharding::agree_on_layout() const {
     parameters += signature(*p) + "\n";
   }
   const auto word = [](std::uint64_t x) { return std::bit_cast<std::int64_t>(x); };
-  const std::array<std::int64_t, 5> mine{
-      options_.stage, std::ssize(parameters_), word(Hash().add(parameters).value()),
-      word(Hash().add(layout).value()), std::bit_cast<std::int64_t>(options_.divisor)};
-  const std::array<const char*, 5> names{"stage", "number of parameters", "parameters (hash)",
-                                         "units, as recorded reads make them (hash)", "divisor"};
-  const Tensor in = Tensor::zeros({5}, DType::i64, cpu, MemoryKind::communication);
+  const ReducerOptions& reduction = options_.reduction;
+  const std::array mine{std::int64_t{options_.stage},
+                        std::int64_t{std::ssize(parameters_)},
+                        word(Hash().add(parameters).value()),
+                        word(Hash().add(layout).value()),
+                        std::bit_cast<std::int64_t>(reduction.divisor),
+                        static_cast<std::int64_t>(reduction.mean),
+                        std::int64_t{reduction.divide_by_live},
+                        std::int64_t{reduction.compress},
+                        std::int64_t{reduction.shards},
+                        static_cast<std::int64_t>(options_.gather_again)};
+  const std::array<const char*, mine.size()> names{"stage",
+                                                   "number of parameters",
+                                                   "parameters (hash)",
+                                                   "units, as recorded reads make them (hash)",
+                                                   "divisor",
+                                                   "mean (0: over ranks, 1: over tokens)",
+                                                   "division by live ranks",
+                                                   "compression",
+                                                   "shards",
+                                                   "gathering again"};
+  const auto fields = std::ssize(mine);
+  const Tensor in = Tensor::zeros({fields}, DType::i64, cpu, MemoryKind::communication);
   const Tensor all =
-      Tensor::zeros({5 * communicator_.size()}, DType::i64, cpu, MemoryKind::communication);
+      Tensor::zeros({fields * communicator_.size()}, DType::i64, cpu, MemoryKind::communication);
   std::ranges::copy(mine, in.data<std::int64_t>());
   communicator_.all_gather(in, all, {"layout of the sharding"}).wait();
   for (std::size_t field = 0; field < names.size(); ++field) {
     std::vector<std::string> values;
     for (int r = 0; r < communicator_.size(); ++r) {
-      const std::int64_t value = all.data<std::int64_t>()[5 * static_cast<std::size_t>(r) + field];
+      const std::int64_t value = all.data<std::int64_t>()[mine.size() * static_cast<std::size_t>(r) + field];
       values.push_back(field == 4 ? fmt::format("{}", std::bit_cast<double>(value))
                                   : std::to_string(value));
     }
@@ -186,7 +202,9 @@ std::vector<Sharding::Part> Sharding::parts_of(const Parameter& p) const {
 }
 
 void Sharding::values_written() {
-  end_forward();
+  if (values_ != nullptr) {
+    values_->release_all();
+  }
   std::vector<Pending> gathers;
   for (std::size_t u = 0; u < whole_.size(); ++u) {
     if (whole_[u].defined()) {
@@ -244,22 +262,28 @@ void Sharding::zero_gradients() {
   }
 }
 
+void Sharding::bind_gradient_of(const Shard& shard) {
+  Parameter& part = *shard.parameter;
+  part.zero_gradient();
+  part.unbind_gradient();
+  if (!used(shard.source)) {
+    return;
+  }
+  const std::int64_t n = part.shape().numel();
+  part.bind_gradient(gradients_ != nullptr
+                         ? gradients_->shard(shard.unit).slice(0, shard.at, shard.at + n)
+                         : parameters_[shard.source]
+                               ->gradient()
+                               .reshape({parameters_[shard.source]->shape().numel()})
+                               .slice(0, shard.first, shard.first + n));
+  part.set_gradient_present();
+}
+
 void Sharding::bind_shard_gradients() {
   for (const Shard& shard : owned_) {
-    Parameter& part = *shard.parameter;
-    part.zero_gradient();
-    part.unbind_gradient();
-    if (!used(shard.source)) {
-      continue;
+    if (updated_early_.empty() || updated_early_[shard.unit] == 0) {
+      bind_gradient_of(shard);
     }
-    const std::int64_t n = part.shape().numel();
-    part.bind_gradient(gradients_ != nullptr
-                           ? gradients_->shard(shard.unit).slice(0, shard.at, shard.at + n)
-                           : parameters_[shard.source]
-                                 ->gradient()
-                                 .reshape({parameters_[shard.source]->shape().numel()})
-                                 .slice(0, shard.first, shard.first + n));
-    part.set_gradient_present();
   }
 }
 
@@ -267,15 +291,15 @@ void Sharding::hook(BackwardOptions& options, bool reduce) {
   if (gradients_ == nullptr) {
     return reduce ? reducer_->attach(options) : reducer_->attach_accumulation(options);
   }
+  if (update_ && reduce && options.keep) {
+    fail("sharding", "a tape that is kept reads values that an early update would change");
+  }
   if (options.parameters.empty()) {
     options.parameters = parameters_;
   }
   options.list_reads = options.list_reads || values_ != nullptr;
   options.on_plan = [this, reduce, next = std::move(options.on_plan)](const Plan& plan) {
-    gradients_->begin_sweep(plan, reduce);
-    if (values_ != nullptr) {
-      values_->begin_sweep(plan);
-    }
+    begin(plan, reduce);
     if (next) {
       next(plan);
     }
@@ -285,15 +309,95 @@ void Sharding::hook(BackwardOptions& options, bool reduce) {
     if (next) {
       next(p);
     }
+    update_what_can_be();
   };
+  options.on_last_read = [this, next = std::move(options.on_last_read)](Parameter& p) {
+    not_read_any_more(p);
+    if (next) {
+      next(p);
+    }
+  };
+}
+
+void Sharding::begin(const Plan& plan, bool reduce) {
+  gradients_->prepare(plan, reduce);
   if (values_ != nullptr) {
-    options.on_last_read = [this, next = std::move(options.on_last_read)](Parameter& p) {
-      values_->last_read(p);
-      if (next) {
-        next(p);
-      }
-    };
+    values_->begin_sweep(plan, reduce ? GatherWords::reduces : GatherWords::accumulates);
+    gradients_->wait_for_all(values_->in_step());
   }
+  if (reduce) {
+    gradients_->start();
+  }
+  if (values_ != nullptr) {
+    values_->start_sweep();
+  }
+  updates_ = reduce && update_;
+  updated_early_.assign(units_.size(), 0);
+  reads_left_.assign(units_.size(), 0);
+  for (const Ready& ready : plan.order) {
+    if (const auto found = slots_.find(ready.parameter); found != slots_.end()) {
+      ++reads_left_[found->second.unit];
+    }
+  }
+}
+
+void Sharding::not_read_any_more(const Parameter& p) {
+  if (values_ != nullptr) {
+    values_->last_read(p);
+  }
+  const auto found = slots_.find(&p);
+  if (updates_ && found != slots_.end() && units_[found->second.unit].trainable) {
+    --reads_left_[found->second.unit];
+    update_what_can_be();
+  }
+}
+
+void Sharding::update_what_can_be() {
+  if (!updates_ || (values_ != nullptr && values_->in_step())) {
+    return;
+  }
+  gradients_->settle_arrived();
+  for (const std::size_t unit : gradients_->launched()) {
+    if (updated_early_[unit] == 0 && reads_left_[unit] == 0 && gradients_->settled(unit)) {
+      update_unit(unit);
+    }
+  }
+}
+
+void Sharding::update_unit(std::size_t unit) {
+  updated_early_[unit] = 1;
+  std::vector<Parameter*> parts;
+  for (const Shard& shard : owned_) {
+    if (shard.unit == unit) {
+      bind_gradient_of(shard);
+      parts.push_back(shard.parameter.get());
+    }
+  }
+  if (!parts.empty()) {
+    update_(parts);
+  }
+}
+
+void Sharding::update_early(std::function<void(std::span<Parameter* const>)> update) {
+  update_ = std::move(update);
+  if (reducer_ == nullptr) {
+    return;
+  }
+  if (!update_) {
+    return reducer_->update_early({});
+  }
+  reducer_->update_early([this](std::span<Parameter* const> bucket) {
+    std::vector<Parameter*> parts;
+    for (const Shard& shard : owned_) {
+      if (std::ranges::find(bucket, parameters_[shard.source]) != bucket.end()) {
+        bind_gradient_of(shard);
+        parts.push_back(shard.parameter.get());
+      }
+    }
+    if (!parts.empty()) {
+      update_(parts);
+    }
+  });
 }
 
 void Sharding::attach(BackwardOptions& options) {
@@ -306,47 +410,108 @@ void Sharding::attach_accumulation(BackwardOptions& options) {
 
 void Sharding::finish_accumulation() {
   if (gradients_ == nullptr) {
-    reducer_->finish_accumulation();
+    return reducer_->finish_accumulation();
   }
-  end_forward();
+  if (values_ != nullptr) {
+    values_->end_sweep();
+  }
+  gradients_->finish_accumulation();
 }
 
 void Sharding::finish() {
-  if (gradients_ != nullptr) {
-    gradients_->finish();
-  } else {
+  if (gradients_ == nullptr) {
     reducer_->finish();
+  } else {
+    if (values_ != nullptr) {
+      values_->end_sweep();
+    }
+    gradients_->finish();
   }
-  end_forward();
-  bind_shard_gradients();
+  end_reduction();
+}
+
+void Sharding::end_reduction() {
+  for (std::size_t u = 0; gradients_ != nullptr && update_ && u < units_.size(); ++u) {
+    if (gradients_->settled(u) && updated_early_[u] == 0) {
+      update_unit(u);
+    }
+  }
+  updates_ = false;
+  if (!(reducer_ != nullptr && update_)) {  // else it was done bucket by bucket
+    bind_shard_gradients();
+  }
 }
 
 void Sharding::end_forward() {
   if (values_ != nullptr) {
-    values_->end();
+    values_->end_forward();
+  }
+}
+
+void Sharding::add_tokens(std::int64_t count) {
+  gradients_ != nullptr ? gradients_->add_tokens(count) : reducer_->add_tokens(count);
+}
+
+bool Sharding::join() {
+  bool live = false;
+  guarded([&] {
+    live = gradients_ != nullptr ? join_sharded() : reducer_->join();
+    if (live) {
+      end_reduction();
+    }
+  });
+  return live;
+}
+
+bool Sharding::join_sharded() {
+  gradients_->prepare_join();
+  updated_early_.assign(units_.size(), 0);
+  if (values_ != nullptr) {
+    for (;;) {  // micro-batches of the others
+      const std::optional<AfterForward> kind = values_->join_forward();
+      if (!kind) {
+        gradients_->cancel_join();
+        return false;
+      }
+      if (*kind == GatherWords::reduces) {
+        break;
+      }
+      values_->end_sweep();
+    }
+    gradients_->wait_for_all(true);
+  }
+  gradients_->start();
+  if (values_ != nullptr) {
+    values_->end_sweep();
+  }
+  gradients_->finish();
+  return gradients_->live() > 0;
+}
+
+template <class F>
+void Sharding::guarded(F&& f) {
+  try {
+    f();
+  } catch (const std::exception& e) {
+    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
+    throw;
   }
 }
 
 void Sharding::backward(const Variable& loss, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach(options);
     reprise::backward(loss, options);
     finish();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+  });
 }
 
 void Sharding::accumulate(const Variable& loss, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach_accumulation(options);
     reprise::backward(loss, options);
     finish_accumulation();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+  });
 }
 
 void Sharding::before_read(const Parameter& p) {
