@@ -119,7 +119,6 @@ void ShardedGradients::prepare(const Plan& plan, bool reduce) {
     touched_[found->second.parameter] = written_[found->second.parameter] = 1;
     ++states_[found->second.unit].left;
   }
-  reducing_ = reduce;
   joining_ = false;
 }
 
@@ -134,7 +133,7 @@ void ShardedGradients::prepare_join() {
     state.left = 0;
   }
   expected_.clear();
-  reducing_ = joining_ = true;
+  joining_ = true;
 }
 
 bool ShardedGradients::has_accumulated() const {
@@ -142,6 +141,7 @@ bool ShardedGradients::has_accumulated() const {
 }
 
 void ShardedGradients::start() {
+  reducing_ = true;
   next_ = 0;
   launched_.clear();
   start_agreement();

@@ -39,7 +39,7 @@ class ShardedGradients {
   void add_tokens(std::int64_t count);
 
   // The sweep's hooks: what the caller did wrong fails in prepare(), before any collective.
-  // `reduce`: it is the last of a step.
+  // `reduce`: it is the last of a step; start() begins the reduction.
   void prepare(const Plan& plan, bool reduce);
   void start();
   void ready(const Parameter& p);
@@ -49,7 +49,6 @@ class ShardedGradients {
   // Instead of a sweep that reduces, for a rank without data: prepare_join(), start(), finish().
   // Without a live() rank nothing is reduced.
   void prepare_join();
-  void cancel_join() { reducing_ = joining_ = false; }
   // This rank has gradients that were accumulated and not reduced.
   bool has_accumulated() const;
   // Gradients are absent again, on every rank.

@@ -146,7 +146,7 @@ std::uint64_t ShardedValues::hash_of(const Plan& plan) const {
   return hash.value();
 }
 
-void ShardedValues::begin_sweep(const Plan& plan, AfterForward kind) {
+AfterForward ShardedValues::begin_sweep(const Plan& plan, AfterForward kind) {
   const std::uint64_t hash = hash_of(plan);
   // All ranks have data, or the words say so.
   const GatherWords words = *finish_forward(kind, hash);
@@ -175,6 +175,7 @@ void ShardedValues::begin_sweep(const Plan& plan, AfterForward kind) {
   }
   sweeping_ = sweep_reads_left_ > 0;
   over_ = false;
+  return kind_of(words);
 }
 
 void ShardedValues::start_sweep() {

@@ -59,8 +59,9 @@ class ShardedValues {
   // when no rank has one.
   std::optional<AfterForward> join_forward();
 
-  // The sweep's hooks. The end of a forward too.
-  void begin_sweep(const Plan& plan, AfterForward kind);
+  // The sweep's hooks. The end of a forward too: what all ranks go on with, which is to accumulate
+  // when some have more micro-batches.
+  AfterForward begin_sweep(const Plan& plan, AfterForward kind);
   // Once the gradients have begun.
   void start_sweep();
   void last_read(const Parameter& p);

@@ -212,25 +212,20 @@ std::optional<GatherWords> ShardedValues::finish_forward(AfterForward kind, std:
   }
 }
 
-// What the ranks with data go on with. Gradients that only ranks without data have are reduced.
+// What comes next on all ranks. While one accumulates, those that are to reduce wait for it.
+// Gradients that only ranks without data have are reduced.
 AfterForward ShardedValues::kind_of(const GatherWords& words) const {
-  std::vector<AfterForward> kinds;
-  for (const AfterForward kind :
-       {GatherWords::stops, GatherWords::accumulates, GatherWords::reduces}) {
-    if (words.has(kind)) {
-      kinds.push_back(kind);
-    }
-  }
-  if (kinds.size() > 1) {
-    const std::string why = fmt::format(
-        "[sharding] ranks disagree after a forward: {}{}{}",
-        words.has(GatherWords::stops) ? "some end it, " : "",
-        words.has(GatherWords::accumulates) ? "some accumulate, " : "",
-        words.has(GatherWords::reduces) ? "some reduce" : "none reduces");
+  const bool sweeps = words.has(GatherWords::accumulates) || words.has(GatherWords::reduces);
+  if (words.has(GatherWords::stops) && sweeps) {
+    const std::string why =
+        "[sharding] ranks disagree after a forward: some end it, others go on with a backward";
     communicator_.disagree(why);
     throw CommunicatorError(why);
   }
-  return kinds.empty() ? GatherWords::reduces : kinds[0];
+  if (words.has(GatherWords::stops)) {
+    return GatherWords::stops;
+  }
+  return words.has(GatherWords::accumulates) ? GatherWords::accumulates : GatherWords::reduces;
 }
 
 // The order of the ranks' reads, where all have the same; else that of the gathers.

@@ -322,7 +322,10 @@ void Sharding::hook(BackwardOptions& options, bool reduce) {
 void Sharding::begin(const Plan& plan, bool reduce) {
   gradients_->prepare(plan, reduce);
   if (values_ != nullptr) {
-    values_->begin_sweep(plan, reduce ? GatherWords::reduces : GatherWords::accumulates);
+    const AfterForward kind =
+        values_->begin_sweep(plan, reduce ? GatherWords::reduces : GatherWords::accumulates);
+    waits_ = reduce && kind == GatherWords::accumulates;
+    reduce = kind == GatherWords::reduces;
     gradients_->wait_for_all(values_->in_step());
   }
   if (reduce) {
@@ -425,7 +428,11 @@ void Sharding::finish() {
     if (values_ != nullptr) {
       values_->end_sweep();
     }
-    gradients_->finish();
+    if (std::exchange(waits_, false)) {
+      (void)join_sharded();
+    } else {
+      gradients_->finish();
+    }
   }
   end_reduction();
 }
@@ -470,7 +477,6 @@ bool Sharding::join_sharded() {
     for (;;) {  // micro-batches of the others
       const std::optional<AfterForward> kind = values_->join_forward();
       if (!kind) {
-        gradients_->cancel_join();
         return false;
       }
       if (*kind == GatherWords::reduces) {

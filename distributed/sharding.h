@@ -33,9 +33,9 @@
 // layout and no elements outside of an op.
 //
 // Ranks may use different parameters and take different branches at every stage
-// (distributed/sharded_values.h says what that costs at stage 3), and may run out of data: join().
-// At stage 3 every forward is followed by backward(), accumulate() or end_forward() on all ranks,
-// the same one, and the caller's own collectives belong after that.
+// (distributed/sharded_values.h says what that costs at stage 3), may have more or fewer
+// micro-batches, and may run out of data: join(). At stage 3 the caller's own collectives belong
+// after backward(), accumulate() or end_forward(), of which every forward needs one.
 //
 // Errors: the caller's mistakes throw Error; ranks that differ in parameters, reads, stage or step
 // throw CommunicatorError.
@@ -181,6 +181,7 @@ class Sharding final : public ParameterHost {
   std::vector<std::size_t> reads_left_;
   std::vector<char> updated_early_;
   bool updates_ = false;  // in this sweep
+  bool waits_ = false;    // stage 3: this rank's sweep was its last, others have more
 };
 
 }  // namespace reprise::distributed
