@@ -546,16 +546,42 @@ void Sharding::clear_gathers() {
   }
 }
 
-// Every rank sends its part straight to its place: no rank has more than its shards and this.
 Tensor Sharding::gathered(const Parameter& p) const {
-  const auto found = slots_.find(&p);
-  if (found == slots_.end() || values_ == nullptr) {
+  if (values_ == nullptr || !is_sharded(p)) {
     return p.value();
   }
-  const ShardUnit& unit = units_[found->second.unit];
-  const ShardUnit::Slot& slot = unit.slots[found->second.slot];
+  const std::vector<Part> parts = parts_of(p);
+  return assembled(p, parts.empty() ? Tensor() : parts.front().values, p.dtype());
+}
+
+Tensor Sharding::gathered_gradient(const Parameter& p) const {
+  if (gradients_ == nullptr) {
+    return p.has_gradient() ? p.gradient() : Tensor();
+  }
+  const auto found = slots_.find(&p);
+  if (found == slots_.end()) {
+    return {};
+  }
+  const Place place = found->second;
+  const ShardUnit& unit = units_[place.unit];
+  const ShardUnit::Slot& slot = unit.slots[place.slot];
+  if (!unit.trainable || !gradients_->settled(place.unit) || !used(slot.parameter)) {
+    return {};
+  }
+  const auto [first, last] = unit.part_of(slot, communicator_.rank());
+  const std::int64_t at = slot.offset + first - communicator_.rank() * unit.slice;
+  const Tensor own =
+      first < last ? gradients_->shard(place.unit).slice(0, at, at + last - first) : Tensor();
+  return assembled(p, own, unit.grad_dtype);
+}
+
+// Every rank sends its part straight to its place: no rank has more than its shards and this.
+Tensor Sharding::assembled(const Parameter& p, const Tensor& own, DType dtype) const {
+  const Place place = slots_.at(&p);
+  const ShardUnit& unit = units_[place.unit];
+  const ShardUnit::Slot& slot = unit.slots[place.slot];
   const Tensor whole =
-      Tensor::empty({slot.numel}, p.dtype(), p.value().device(), MemoryKind::workspace);
+      Tensor::empty({slot.numel}, dtype, p.value().device(), MemoryKind::workspace);
   std::vector<Pending> sends;
   for (int r = 0; r < communicator_.size(); ++r) {
     const auto [first, last] = unit.part_of(slot, r);
@@ -564,9 +590,9 @@ Tensor Sharding::gathered(const Parameter& p) const {
     }
     const Tensor part = whole.slice(0, first, last);
     if (r == communicator_.rank()) {
-      part.copy_from(parts_of(p).front().values);
+      part.copy_from(own);
     }
-    sends.push_back(communicator_.broadcast(part, r, {"value of a parameter"}));
+    sends.push_back(communicator_.broadcast(part, r, {"part of a parameter"}));
   }
   for (const Pending& send : sends) {
     send.wait();

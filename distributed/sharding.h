@@ -127,6 +127,12 @@ class Sharding final : public ParameterHost {
   void values_written();
   // The whole value on all ranks, of MemoryKind::workspace. A collective.
   Tensor gathered(const Parameter& p) const;
+  // The whole gradient after backward(); undefined when no rank has used the parameter. A
+  // collective.
+  Tensor gathered_gradient(const Parameter& p) const;
+  // The same of anything that is cut as `p` is: `own` is this rank's part of it, undefined where
+  // parts_of(p) is empty. A collective at every stage.
+  Tensor assembled(const Parameter& p, const Tensor& own, DType dtype) const;
   // Stage 3: since the last clear_gathers().
   std::span<const GatherEvent> gathers() const;
   void clear_gathers();

@@ -168,6 +168,8 @@ void add_demo(CLI::App& app, DemoOptions& demo) {
       ->add_option("--shards", demo.shards,
                    "Cut the batch into shards: 1, 2 and 4 ranks then give the same bits")
       ->check(positive());
+  command->add_option("--stage", demo.stage, "Of sharding over --ranks ranks")
+      ->check(CLI::IsMember({0, 1, 2, 3}));
   command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
       ->check(positive());
   command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());

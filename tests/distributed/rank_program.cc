@@ -299,7 +299,7 @@ namespace {
 class Engine {
  public:
   Engine(const RankProgram& program, Model& model, distributed::Communicator& ranks)
-      : program_(program), model_(model), ranks_(ranks) {
+      : program_(program), model_(model) {
     if (program.stage == 0) {
       reducer_.emplace(ranks, model.parameters, program.options);
     } else {
@@ -348,46 +348,16 @@ class Engine {
     if (reducer_) {
       return model_.gradients();
     }
-    Values all(model_.parameters.size());
-    for (const distributed::ShardUnit& unit : sharding_->units()) {
-      for (const distributed::ShardUnit::Slot& slot : unit.slots) {
-        if (unit.trainable) {
-          all[slot.parameter] = whole_gradient(unit, slot);
-        }
-      }
+    Values all;
+    for (const Parameter* p : model_.parameters) {
+      const Tensor gradient = sharding_->gathered_gradient(*p);
+      all.push_back(gradient.defined() ? gradient.to_vector<float>() : std::vector<float>());
     }
     return all;
-  }
-  // From the ranks' parts, which are there on all or on none.
-  std::vector<float> whole_gradient(const distributed::ShardUnit& unit,
-                                    const distributed::ShardUnit::Slot& slot) {
-    const Tensor whole = Tensor::zeros({slot.numel}, DType::f32);
-    double absent = 0;
-    for (int r = 0; r < ranks_.size(); ++r) {
-      const auto [first, last] = unit.part_of(slot, r);
-      if (first >= last) {
-        continue;
-      }
-      const Tensor part = whole.slice(0, first, last);
-      if (r == ranks_.rank()) {
-        const std::string& name = model_.parameters[slot.parameter]->name();
-        const auto shard = std::ranges::find(sharding_->shards(), name,
-                                             [](const Parameter* p) { return p->name(); });
-        if ((*shard)->has_gradient()) {
-          part.copy_from((*shard)->gradient());
-        } else {
-          absent = 1;
-        }
-      }
-      ranks_.broadcast(part, r, {"gradient"}).wait();
-    }
-    absent = all_reduce_value(ranks_, absent, distributed::Reduce::max, "absent");
-    return absent > 0 ? std::vector<float>() : whole.to_vector<float>();
   }
 
   const RankProgram& program_;
   Model& model_;
-  distributed::Communicator& ranks_;
   std::optional<Reducer> reducer_;
   std::optional<distributed::Sharding> sharding_;
 };
