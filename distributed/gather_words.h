@@ -12,12 +12,12 @@ namespace reprise::distributed {
 class GatherWords {
  public:
   enum Flag : std::int64_t {
-    runs = 1,        // this rank has a forward, or gradients that were not reduced yet
-    joins = 2,       // it has none: it only takes part
-    stops = 4,       // after the forward: no sweep,
+    runs = 1,         // this rank has a forward, or gradients that were not reduced yet
+    joins = 2,        // it has none: it only takes part
+    stops = 4,        // after the forward: no sweep,
     accumulates = 8,  // one that only accumulates,
-    reduces = 16,    // one that reduces
-    sweeps = 32,     // its sweep has not ended
+    reduces = 16,     // one that reduces
+    sweeps = 32,      // its sweep has not ended
   };
   enum class Of : std::uint8_t { plan, order };  // hashes
 

@@ -189,9 +189,8 @@ void ShardedGradients::finish_agreement() {
 
 bool ShardedGradients::used(std::size_t parameter) const {
   const std::size_t bits_at = kHead + static_cast<std::size_t>(communicator_.size());
-  return words_.defined() && (words_.data<std::int64_t>()[bits_at + parameter / 64] >>
-                                  (parameter % 64) &
-                              1) != 0;
+  return words_.defined() &&
+         (words_.data<std::int64_t>()[bits_at + parameter / 64] >> (parameter % 64) & 1) != 0;
 }
 
 bool ShardedGradients::used_anywhere(std::size_t unit) const {

@@ -53,15 +53,14 @@ void ShardedGradients::send_nodes(std::size_t u) {
   const auto& sums = shard_sums_.sums();
   const auto row_count = static_cast<std::int64_t>(rows);
   const Device device = state.full.device();
-  state.sent = Tensor::zeros({row_count, state.full.numel()}, DType::f32, device,
-                             MemoryKind::communication);
-  state.received = Tensor::empty({row_count * communicator_.size(), state.full.numel()},
-                                 DType::f32, device, MemoryKind::communication);
+  state.sent =
+      Tensor::zeros({row_count, state.full.numel()}, DType::f32, device, MemoryKind::communication);
+  state.received = Tensor::empty({row_count * communicator_.size(), state.full.numel()}, DType::f32,
+                                 device, MemoryKind::communication);
   const auto left = static_cast<std::int64_t>(sums.size() - taken);
   for (std::int64_t i = 0; i <= left; ++i) {
     const Tensor row = state.sent.slice(0, i, i + 1).reshape(state.full.shape());
-    row.copy_from(i < left ? sums[static_cast<std::size_t>(i)].set[rank_in_order_[u]]
-                           : state.full);
+    row.copy_from(i < left ? sums[static_cast<std::size_t>(i)].set[rank_in_order_[u]] : state.full);
   }
   state.pending = communicator_.all_gather(state.sent, state.received, tag);
 }

@@ -68,8 +68,8 @@ class Writer {
 
   absl::Status write(const std::string& path, const RunPosition& position) {
     const auto value = [this](std::size_t i) {
-      ensure(sent_ < order_.size() && order_[sent_] == i, "save_state: {} is asked for out of order",
-             layouts_[i].name);
+      ensure(sent_ < order_.size() && order_[sent_] == i,
+             "save_state: {} is asked for out of order", layouts_[i].name);
       return next();
     };
     return nn::stream_safetensors(path, layouts_, value,
@@ -110,7 +110,8 @@ class Writer {
       return Tensor::from(std::vector{steps_.data<std::int64_t>()[at]}, Shape{});
     }
     if (entry.role == "value") {
-      return sharding_ == nullptr ? entry.parameter->value() : sharding_->gathered(*entry.parameter);
+      return sharding_ == nullptr ? entry.parameter->value()
+                                  : sharding_->gathered(*entry.parameter);
     }
     const auto found = state_.find(layouts_[i].name);
     const Tensor own = found == state_.end() ? Tensor() : found->second;
@@ -197,9 +198,9 @@ class Reader {
       return whole.status();
     }
     if (whole->dtype() != dtype || whole->shape() != p.shape()) {
-      return refuse(name, fmt::format("must be {} {}, got {} {}", reprise::name(dtype),
-                                      to_string(p.shape()), reprise::name(whole->dtype()),
-                                      to_string(whole->shape())));
+      return refuse(
+          name, fmt::format("must be {} {}, got {} {}", reprise::name(dtype), to_string(p.shape()),
+                            reprise::name(whole->dtype()), to_string(whole->shape())));
     }
     return whole->reshape({p.shape().numel()}).slice(0, first, first + count);
   }

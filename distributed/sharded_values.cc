@@ -77,11 +77,9 @@ void ShardedValues::launch(std::size_t unit, bool ahead) {
 
 // In a gather that this rank does not need.
 void ShardedValues::take_part(std::size_t unit) {
-  const Tensor full = Tensor::empty({units_[unit].slice * communicator_.size()},
-                                    units_[unit].dtype, states_[unit].shard.device(),
-                                    MemoryKind::parameters);
-  communicator_
-      .all_gather(states_[unit].shard, full, {"parameters", static_cast<int>(unit)})
+  const Tensor full = Tensor::empty({units_[unit].slice * communicator_.size()}, units_[unit].dtype,
+                                    states_[unit].shard.device(), MemoryKind::parameters);
+  communicator_.all_gather(states_[unit].shard, full, {"parameters", static_cast<int>(unit)})
       .wait();
   gathers_.push_back({unit, sweeping_ || !over_, false});
 }

@@ -134,13 +134,13 @@ class ShardedValues {
   const std::size_t again_;
   std::unordered_map<const Parameter*, std::size_t> unit_of_, index_of_;
   std::vector<State> states_;
-  std::vector<std::size_t> list_;           // of a forward's gathers, the same on all ranks
+  std::vector<std::size_t> list_;  // of a forward's gathers, the same on all ranks
   std::size_t list_at_ = 0;
-  std::vector<std::size_t> gathered_;       // in this forward, the same on all ranks
+  std::vector<std::size_t> gathered_;  // in this forward, the same on all ranks
   std::optional<Flight> flight_;
-  bool runs_ = true;                        // this rank has a forward
-  bool others_run_ = false;                 // some rank has one
-  std::vector<std::size_t> foreseen_;       // this rank's reads, as in the last forward
+  bool runs_ = true;                   // this rank has a forward
+  bool others_run_ = false;            // some rank has one
+  std::vector<std::size_t> foreseen_;  // this rank's reads, as in the last forward
   std::vector<std::size_t> seen_, sweep_order_;
   bool sweeping_ = false, in_step_ = false, over_ = true;
   std::size_t sweep_reads_left_ = 0;

@@ -24,8 +24,8 @@ std::vector<std::size_t> merged(std::vector<std::size_t> base,
 
 // Whether this rank is likely to read it later in this forward.
 bool ShardedValues::foreseen(std::size_t unit) const {
-  return std::find(foreseen_.begin() + static_cast<std::ptrdiff_t>(next_), foreseen_.end(),
-                   unit) != foreseen_.end();
+  return std::find(foreseen_.begin() + static_cast<std::ptrdiff_t>(next_), foreseen_.end(), unit) !=
+         foreseen_.end();
 }
 
 void ShardedValues::release_unneeded(std::size_t reading, bool wait) {

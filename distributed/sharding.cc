@@ -54,8 +54,8 @@ Sharding::Sharding(Communicator& communicator, std::vector<Parameter*> parameter
         std::make_unique<ShardedGradients>(communicator, parameters_, units_, options.reduction);
   }
   if (options.stage == 3) {
-    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order,
-                                              *gradients_, options.gather_again);
+    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order, *gradients_,
+                                              options.gather_again);
   } else {
     hold_whole_values();
   }
@@ -118,7 +118,8 @@ void Sharding::agree_on_layout() const {
   for (std::size_t field = 0; field < names.size(); ++field) {
     std::vector<std::string> values;
     for (int r = 0; r < communicator_.size(); ++r) {
-      const std::int64_t value = all.data<std::int64_t>()[mine.size() * static_cast<std::size_t>(r) + field];
+      const std::int64_t value =
+          all.data<std::int64_t>()[mine.size() * static_cast<std::size_t>(r) + field];
       values.push_back(field == 4 ? fmt::format("{}", std::bit_cast<double>(value))
                                   : std::to_string(value));
     }
@@ -344,65 +345,6 @@ void Sharding::begin(const Plan& plan, bool reduce) {
   }
 }
 
-void Sharding::not_read_any_more(const Parameter& p) {
-  if (values_ != nullptr) {
-    values_->last_read(p);
-  }
-  const auto found = slots_.find(&p);
-  if (updates_ && found != slots_.end() && units_[found->second.unit].trainable) {
-    --reads_left_[found->second.unit];
-    update_what_can_be();
-  }
-}
-
-void Sharding::update_what_can_be() {
-  if (!updates_ || (values_ != nullptr && values_->in_step())) {
-    return;
-  }
-  gradients_->settle_arrived();
-  for (const std::size_t unit : gradients_->launched()) {
-    if (updated_early_[unit] == 0 && reads_left_[unit] == 0 && gradients_->settled(unit)) {
-      update_unit(unit);
-    }
-  }
-}
-
-void Sharding::update_unit(std::size_t unit) {
-  updated_early_[unit] = 1;
-  std::vector<Parameter*> parts;
-  for (const Shard& shard : owned_) {
-    if (shard.unit == unit) {
-      bind_gradient_of(shard);
-      parts.push_back(shard.parameter.get());
-    }
-  }
-  if (!parts.empty()) {
-    update_(parts);
-  }
-}
-
-void Sharding::update_early(std::function<void(std::span<Parameter* const>)> update) {
-  update_ = std::move(update);
-  if (reducer_ == nullptr) {
-    return;
-  }
-  if (!update_) {
-    return reducer_->update_early({});
-  }
-  reducer_->update_early([this](std::span<Parameter* const> bucket) {
-    std::vector<Parameter*> parts;
-    for (const Shard& shard : owned_) {
-      if (std::ranges::find(bucket, parameters_[shard.source]) != bucket.end()) {
-        bind_gradient_of(shard);
-        parts.push_back(shard.parameter.get());
-      }
-    }
-    if (!parts.empty()) {
-      update_(parts);
-    }
-  });
-}
-
 void Sharding::attach(BackwardOptions& options) {
   hook(options, true);
 }
@@ -437,18 +379,6 @@ void Sharding::finish() {
   end_reduction();
 }
 
-void Sharding::end_reduction() {
-  for (std::size_t u = 0; gradients_ != nullptr && update_ && u < units_.size(); ++u) {
-    if (gradients_->settled(u) && updated_early_[u] == 0) {
-      update_unit(u);
-    }
-  }
-  updates_ = false;
-  if (!(reducer_ != nullptr && update_)) {  // else it was done bucket by bucket
-    bind_shard_gradients();
-  }
-}
-
 void Sharding::end_forward() {
   if (values_ != nullptr) {
     values_->end_forward();
@@ -457,6 +387,16 @@ void Sharding::end_forward() {
 
 void Sharding::add_tokens(std::int64_t count) {
   gradients_ != nullptr ? gradients_->add_tokens(count) : reducer_->add_tokens(count);
+}
+
+template <class F>
+void Sharding::guarded(F&& f) {
+  try {
+    f();
+  } catch (const std::exception& e) {
+    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
+    throw;
+  }
 }
 
 bool Sharding::join() {
@@ -492,16 +432,6 @@ bool Sharding::join_sharded() {
   }
   gradients_->finish();
   return gradients_->live() > 0;
-}
-
-template <class F>
-void Sharding::guarded(F&& f) {
-  try {
-    f();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
 }
 
 void Sharding::backward(const Variable& loss, BackwardOptions options) {

@@ -253,6 +253,11 @@ Invocation parse(const std::vector<std::string>& words) {
   app.get_subcommand("memory")
       ->add_option("--stage", asked.dry.stage, "Of sharding over --ranks ranks")
       ->check(CLI::IsMember({0, 1, 2, 3}));
+  app.get_subcommand("memory")
+      ->add_option("--gather-again", asked.dry.gather_again,
+                   "At stage 3 in nested segments: units between two reads after which one goes "
+                   "meanwhile")
+      ->check(from_one(1 << 20));
   app.add_subcommand("test", "Build everything and run every test (the script's: ./reprise test).")
       ->allow_extras();
   app.add_subcommand("build", "Build the program only (the script's: ./reprise build).")

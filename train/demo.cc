@@ -71,9 +71,9 @@ void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed
   }
   Generator generator{seed + 100, 0};
   model.evaluate();
-  const std::string text =
-      sample_text(model, kPrompt, 200, kTokens, 0.8, generator,
-                  sharding == nullptr ? std::function<void()>() : [=] { sharding->end_forward(); });
+  const std::string text = sample_text(
+      model, kPrompt, 200, kTokens, 0.8, generator,
+      sharding == nullptr ? std::function<void()>() : [=] { sharding->end_forward(); });
   if (!prints) {
     return;
   }
@@ -88,8 +88,7 @@ void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed
 distributed::ForwardReads reads_of(nn::LanguageModel& meta_model, const ByteData& data) {
   nn::Batch batch;
   batch.ids = batch.labels = Tensor::zeros({data.batch(), kTokens}, DType::i64, meta);
-  return distributed::record_reads(meta_model.parameters(),
-                                   [&] { (void)meta_model.loss(batch); });
+  return distributed::record_reads(meta_model.parameters(), [&] { (void)meta_model.loss(batch); });
 }
 
 // For sweeps besides the trainer's.
@@ -295,9 +294,8 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     std::fflush(stdout);
   }
   model->evaluate();
-  const auto rows =
-      policy_table(*model, *meta_model, data.validation(ranks.rank()), 3,
-                   sharding != nullptr ? hooks_of(*sharding) : trainer.hooks);
+  const auto rows = policy_table(*model, *meta_model, data.validation(ranks.rank()), 3,
+                                 sharding != nullptr ? hooks_of(*sharding) : trainer.hooks);
   if (prints) {
     fmt::print("{}\n", to_string(rows));
   }

@@ -217,8 +217,8 @@ std::string RankProgram::text() const {
       "mean {}, live {}, zero {}, early {}, thaw at {}, stage {}, again {}",
       seed, ranks, frozen.size(), width, blocks.size(), micro, options.shards,
       options.buckets.first_bucket_bytes, options.buckets.bucket_bytes,
-      static_cast<int>(options.mean), options.divide_by_live, zero, early, thaw_step,
-      stage, gather_again);
+      static_cast<int>(options.mean), options.divide_by_live, zero, early, thaw_step, stage,
+      gather_again);
 }
 
 RankProgram draw_program(std::uint64_t seed) {
@@ -305,18 +305,16 @@ class Engine {
     } else {
       const auto reads =
           distributed::record_reads(model.parameters, [&] { (void)model.loss(0, 0); });
-      sharding_.emplace(ranks, model.parameters, reads,
-                        distributed::ShardingOptions{program.stage, program.options,
-                                                     program.gather_again});
+      sharding_.emplace(
+          ranks, model.parameters, reads,
+          distributed::ShardingOptions{program.stage, program.options, program.gather_again});
     }
     if (program.early) {
       reducer_ ? reducer_->update_early(Model::update) : sharding_->update_early(Model::update);
     }
   }
   void zero() { reducer_ ? model_.zero() : sharding_->zero_gradients(); }
-  void add_tokens(std::int64_t n) {
-    reducer_ ? reducer_->add_tokens(n) : sharding_->add_tokens(n);
-  }
+  void add_tokens(std::int64_t n) { reducer_ ? reducer_->add_tokens(n) : sharding_->add_tokens(n); }
   void sweep(const Variable& loss, bool last) {
     if (reducer_) {
       last ? reducer_->backward(loss) : reducer_->accumulate(loss);

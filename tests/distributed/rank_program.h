@@ -38,10 +38,10 @@ struct RankProgram {
   bool segment_around_all = false;
   std::vector<std::vector<int>> micro_batches;  // [rank][step]; 0: the rank has run out
   distributed::ReducerOptions options;
-  bool zero = true;          // gradients before each step
-  bool early = false;        // parameters are updated as their buckets arrive
-  bool drop = true;          // segments keep nothing but their inputs
-  int stage = 0;             // of sharding; 0: a reducer
+  bool zero = true;    // gradients before each step
+  bool early = false;  // parameters are updated as their buckets arrive
+  bool drop = true;    // segments keep nothing but their inputs
+  int stage = 0;       // of sharding; 0: a reducer
   std::size_t gather_again = 0;
   std::string text() const;  // for a message
 

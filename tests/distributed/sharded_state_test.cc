@@ -2,8 +2,6 @@
 // trainer over shards.
 #include "distributed/sharded_state.h"
 
-#include <sys/resource.h>
-
 #include <csignal>
 #include <filesystem>
 #include <fstream>
@@ -16,6 +14,7 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include "distributed/local_world.h"
 #include "nn/lora.h"
@@ -95,8 +94,8 @@ class Rank {
     while (trainer->steps() < step) {
       std::vector<nn::Batch> micro_batches;
       for (int m = 0; m < count; ++m) {
-        micro_batches.push_back(sharded_batch(ranks_.rank() * count + m,
-                                              static_cast<int>(trainer->steps()), 0));
+        micro_batches.push_back(
+            sharded_batch(ranks_.rank() * count + m, static_cast<int>(trainer->steps()), 0));
       }
       losses.push_back(trainer->step(micro_batches, 1e-2, 1));
     }
@@ -268,8 +267,7 @@ TEST(ShardedState, WhatDoesNotFitIsRefused) {
   }
   fs::create_directories(bad);
   const auto with = [&](std::vector<nn::NamedTensor> changed, nn::Metadata metadata) {
-    EXPECT_TRUE(
-        nn::write_safetensors(bad + "/training.safetensors", changed, metadata).ok());
+    EXPECT_TRUE(nn::write_safetensors(bad + "/training.safetensors", changed, metadata).ok());
     return problem_of_loading(bad, job);
   };
   const nn::Metadata good = file->metadata();

@@ -33,9 +33,9 @@ class Trained {
     if (run.stage == 0) {
       reducer_ = std::make_unique<Reducer>(ranks, trainable_, run.reduction);
     } else {
-      sharding_ = std::make_unique<Sharding>(ranks, model.parameters(), reads_of(run),
-                                             distributed::ShardingOptions{
-                                                 run.stage, run.reduction, run.gather_again});
+      sharding_ = std::make_unique<Sharding>(
+          ranks, model.parameters(), reads_of(run),
+          distributed::ShardingOptions{run.stage, run.reduction, run.gather_again});
     }
     if (run.stage != 0 && !run.folder.empty()) {
       const absl::Status loaded = distributed::load_sharded(run.folder, model, *sharding_, ranks);
@@ -180,10 +180,9 @@ ShardedResult train(Communicator& ranks, const ShardedRun& run) {
     for (int m = 0; has_data && m < micro_batches; ++m) {
       Tape tape;
       const Tape::Scope scope(tape, Policies::named(run.policy));
-      const int source =
-          run.reduction.shards > 0 ? ranks.rank() * micro_batches + m : ranks.rank();
-      const Variable loss = loss_of(
-          run, *model, sharded_batch(source, step, run.reduction.shards > 0 ? 0 : m));
+      const int source = run.reduction.shards > 0 ? ranks.rank() * micro_batches + m : ranks.rank();
+      const Variable loss =
+          loss_of(run, *model, sharded_batch(source, step, run.reduction.shards > 0 ? 0 : m));
       sum += static_cast<double>(loss.tensor().item<float>());
       if (run.reduction.mean == distributed::Mean::tokens) {
         trained.add_tokens(2 + source + m);

@@ -115,9 +115,10 @@ TEST(ShardingOptions, MistakesWithShards) {
             "[reducer] with shards gradients cannot be compressed: bits would depend on the ranks");
   EXPECT_EQ(with({.shards = 1}, DType::bf16),
             "[sharding] the gradient of p must be f32 to be added over shards, got bf16");
-  EXPECT_EQ(with({.shards = 2}),
-            "[sharding] a rank has 2 of 2 shards: accumulate() for all but the last, backward() for "
-            "that; this is backward() for shard 1");
+  EXPECT_EQ(
+      with({.shards = 2}),
+      "[sharding] a rank has 2 of 2 shards: accumulate() for all but the last, backward() for "
+      "that; this is backward() for shard 1");
   EXPECT_EQ(with({.shards = 1}), "[sharding] with shards every rank has data in every step");
 }
 

@@ -193,8 +193,9 @@ TEST(Sharding, GathersOfRanksWithBranchesOfTheirOwn) {
     run_ranks(2, [&](Communicator& ranks) {
       Branches plain(4), cut(4);
       const auto& mine = turns.of_rank[static_cast<std::size_t>(ranks.rank())];
-      const auto reads = distributed::record_reads(
-          cut.list, [&] { (void)loss_of_turns(cut.list, {0, 1, 2, 3}, 1); });
+      const auto reads = distributed::record_reads(cut.list, [&] {
+        (void)loss_of_turns(cut.list, {0, 1, 2, 3}, 1);
+      });
       distributed::Reducer reducer(ranks, plain.list);
       Sharding sharding(ranks, cut.list, reads, {.stage = 3});
       ASSERT_EQ(sharding.units().size(), 4u);
