@@ -4,49 +4,17 @@
 #include <bit>
 #include <utility>
 
-#include "core/parallel.h"
+#include "distributed/divide.h"
 #include "kernels/accumulate.h"
 
 namespace reprise::distributed {
-namespace {
-
-void divide(const Tensor& data, double divisor) {
-  if (divisor == 1.0 || data.is_meta()) {
-    return;
-  }
-  const auto by = static_cast<float>(divisor);
-  auto each = [&](auto* x, auto&& f) {
-    parallel_for(data.numel(), 1 << 16, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        x[i] = f(x[i]);
-      }
-    });
-  };
-  if (data.dtype() == DType::f32) {
-    each(data.data<float>(), [by](float x) { return x / by; });
-  } else {
-    each(data.data<bfloat16>(), [by](bfloat16 x) { return to_bfloat16(to_float(x) / by); });
-  }
-}
-
-void check_options(const ReducerOptions& options, int ranks) {
-  if (options.shards < 0 || options.shards % ranks != 0) {
-    fail("reducer", "shards must be a multiple of the {} ranks, got {}", ranks, options.shards);
-  }
-  if (options.shards > 0 && options.compress) {
-    fail("reducer", "with shards gradients cannot be compressed: bits would depend on the ranks");
-  }
-}
-
-}  // namespace
-
 Reducer::Reducer(Communicator& communicator, std::vector<Parameter*> parameters,
                  ReducerOptions options)
     : communicator_(communicator),
       parameters_(std::move(parameters)),
       options_(std::move(options)),
       states_(parameters_.size()) {
-  check_options(options_, communicator_.size());
+  expect_compatible(options_, communicator_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& p = *parameters_[i];
     if (!index_.emplace(&p, i).second) {

@@ -6,10 +6,7 @@
 #include "nn/weights/folder.h"
 
 namespace reprise::distributed {
-namespace {
-
-// The own error, or that of the lowest rank that has one.
-absl::Status shared(Communicator& ranks, const absl::Status& own, const char* what) {
+absl::Status shared_status(Communicator& ranks, const absl::Status& own, const char* what) {
   const double first = all_reduce_value(ranks, own.ok() ? ranks.size() : ranks.rank(), Reduce::min,
                                         std::string(what) + ": status");
   if (!own.ok() || first >= ranks.size()) {
@@ -18,6 +15,8 @@ absl::Status shared(Communicator& ranks, const absl::Status& own, const char* wh
   return absl::AbortedError(
       fmt::format("{}: rank {} has an error, which it reports", what, static_cast<int>(first)));
 }
+
+namespace {
 
 absl::Status read_parts(const nn::WeightFolder& weights, nn::Model& model, Sharding& sharding) {
   for (const nn::NamedParameter& entry : model.named_parameters()) {
@@ -49,7 +48,7 @@ absl::Status load_sharded(const std::string& folder, nn::Model& model, Sharding&
                           Communicator& ranks) {
   const absl::StatusOr<nn::WeightFolder> weights = nn::WeightFolder::open(folder);
   const absl::Status own = weights.ok() ? read_parts(*weights, model, sharding) : weights.status();
-  const absl::Status status = shared(ranks, own, "load_sharded");
+  const absl::Status status = shared_status(ranks, own, "load_sharded");
   if (status.ok()) {
     sharding.values_written();
   }
@@ -77,7 +76,7 @@ absl::Status save_sharded(nn::Model& model, const std::string& folder, Sharding&
   while (sent < order.size()) {  // what rank 0 did not come to is sent all the same
     (void)send(*order[sent].parameter);
   }
-  return shared(ranks, own, "save_sharded");
+  return shared_status(ranks, own, "save_sharded");
 }
 
 }  // namespace reprise::distributed

@@ -27,4 +27,7 @@ absl::Status load_sharded(const std::string& folder, nn::Model& model, Sharding&
 absl::Status save_sharded(nn::Model& model, const std::string& folder, Sharding& sharding,
                           Communicator& ranks, std::int64_t max_shard_bytes = 5'000'000'000);
 
+// A collective: the own error, or when this rank has none one that names the first that has.
+absl::Status shared_status(Communicator& ranks, const absl::Status& own, const char* what);
+
 }  // namespace reprise::distributed

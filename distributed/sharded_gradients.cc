@@ -2,29 +2,16 @@
 
 #include <algorithm>
 #include <ranges>
+#include <utility>
 
-#include "core/parallel.h"
-#include "distributed/disagreement.h"
+#include "distributed/divide.h"
+#include "kernels/accumulate.h"
 
 namespace reprise::distributed {
 namespace {
 
-void divide(const Tensor& data, double divisor) {
-  if (divisor == 1.0 || data.is_meta()) {
-    return;
-  }
-  const auto by = static_cast<float>(divisor);
-  const auto each = [&](auto* x, auto&& f) {
-    parallel_for(data.numel(), 1 << 16, [&](std::int64_t begin, std::int64_t end) {
-      std::transform(x + begin, x + end, x + begin, f);
-    });
-  };
-  if (data.dtype() == DType::f32) {
-    each(data.data<float>(), [by](float x) { return x / by; });
-  } else {
-    each(data.data<bfloat16>(), [by](bfloat16 x) { return to_bfloat16(to_float(x) / by); });
-  }
-}
+constexpr std::size_t kHead = 2;  // the step and its complement
+constexpr std::int64_t kDone = std::int64_t{1} << 62;
 
 void drop_gradient(Parameter& p) {
   p.zero_gradient();
@@ -35,17 +22,26 @@ void drop_gradient(Parameter& p) {
 
 ShardedGradients::ShardedGradients(Communicator& communicator,
                                    const std::vector<Parameter*>& parameters,
-                                   const std::vector<ShardUnit>& units, double divisor)
+                                   const std::vector<ShardUnit>& units,
+                                   const ReducerOptions& options)
     : communicator_(communicator),
       parameters_(parameters),
       units_(units),
-      divisor_(divisor != 0 ? divisor : static_cast<double>(communicator.size())),
+      options_(options),
       states_(units.size()),
-      touched_(parameters.size()) {
+      rank_in_order_(units.size()),
+      touched_(parameters.size()),
+      written_(parameters.size()) {
+  expect_compatible(options, communicator.size());
   for (std::size_t u = units.size(); u-- > 0;) {
     if (!units[u].trainable) {
       continue;
     }
+    if (options.shards > 0 && units[u].grad_dtype != DType::f32) {
+      fail("sharding", "the gradient of {} must be f32 to be added over shards, got {}",
+           parameters[units[u].slots[0].parameter]->name(), name(units[u].grad_dtype));
+    }
+    rank_in_order_[u] = order_.size();
     order_.push_back(u);
     for (std::size_t s = 0; s < units[u].slots.size(); ++s) {
       const std::size_t i = units[u].slots[s].parameter;
@@ -76,7 +72,23 @@ Tensor ShardedGradients::storage(const Parameter& p) {
   return full.slice(0, slot.offset, slot.offset + slot.numel).reshape(p.shape());
 }
 
-void ShardedGradients::begin_sweep(const Plan& plan, bool reduce) {
+void ShardedGradients::drop(std::size_t unit) {
+  for (const ShardUnit::Slot& slot : units_[unit].slots) {
+    drop_gradient(*parameters_[slot.parameter]);
+    written_[slot.parameter] = 0;
+  }
+  states_[unit].full = Tensor();
+}
+
+void ShardedGradients::add_tokens(std::int64_t count) {
+  if (count < 0 || own_tokens_ + count >= std::int64_t{1} << 61) {
+    fail("sharding", "tokens of a step must be 0 or more, got {} after {}", count, own_tokens_);
+  }
+  own_tokens_ += count;
+  tokens_counted_ = true;
+}
+
+void ShardedGradients::prepare(const Plan& plan, bool reduce) {
   if (reduced_) {
     fail("sharding", "the gradients of step {} are there still: zero_gradients() first", step_);
   }
@@ -84,6 +96,10 @@ void ShardedGradients::begin_sweep(const Plan& plan, bool reduce) {
     fail("sharding", "finish() was not called after the backward of step {}, or that one failed",
          step_);
   }
+  if (reduce && options_.mean == Mean::tokens && !tokens_counted_) {
+    fail("sharding", "no tokens were counted since the last reduction: call add_tokens()");
+  }
+  expect_shard(reduce);
   for (State& state : states_) {
     state.left = 0;
   }
@@ -100,26 +116,50 @@ void ShardedGradients::begin_sweep(const Plan& plan, bool reduce) {
            ready.parameter->name());
     }
     expected_[ready.parameter] = ready.expected;
-    touched_[found->second.parameter] = 1;
+    touched_[found->second.parameter] = written_[found->second.parameter] = 1;
     ++states_[found->second.unit].left;
   }
-  reducing_ = reduce;
-  if (reduce) {
-    next_ = 0;
-    launched_.clear();
-    start_agreement();
+  joining_ = false;
+}
+
+void ShardedGradients::prepare_join() {
+  if (reduced_) {
+    fail("sharding", "the gradients of step {} are there still: zero_gradients() first", step_);
   }
+  if (options_.shards > 0) {
+    fail("sharding", "with shards every rank has data in every step");
+  }
+  for (State& state : states_) {
+    state.left = 0;
+  }
+  expected_.clear();
+  joining_ = true;
+}
+
+bool ShardedGradients::has_accumulated() const {
+  return own_tokens_ > 0 || std::ranges::any_of(touched_, [](char c) { return c != 0; });
+}
+
+void ShardedGradients::start() {
+  reducing_ = true;
+  next_ = 0;
+  launched_.clear();
+  start_agreement();
 }
 
 void ShardedGradients::start_agreement() {
-  words_ = Tensor::zeros({3 + (std::ssize(parameters_) + 63) / 64}, DType::i64, cpu,
-                         MemoryKind::communication);
+  const auto ranks = static_cast<std::size_t>(communicator_.size());
+  const std::size_t bits_at = kHead + ranks;
+  words_ = Tensor::zeros({static_cast<std::int64_t>(bits_at + (parameters_.size() + 63) / 64)},
+                         DType::i64, cpu, MemoryKind::communication);
   auto* const words = words_.data<std::int64_t>();
   words[0] = step_;
   words[1] = ~step_;
+  const bool done = joining_ && !has_accumulated();
+  words[kHead + static_cast<std::size_t>(communicator_.rank())] = own_tokens_ | (done ? kDone : 0);
   for (std::size_t i = 0; i < touched_.size(); ++i) {
     if (touched_[i] != 0) {
-      words[2 + i / 64] |= std::int64_t{1} << (i % 64);
+      words[bits_at + i / 64] |= std::int64_t{1} << (i % 64);
     }
   }
   agreed_ = false;
@@ -131,21 +171,44 @@ void ShardedGradients::finish_agreement() {
     return;
   }
   agreement_.wait();
-  if (words_.data<std::int64_t>()[0] != ~words_.data<std::int64_t>()[1]) {
+  const auto* const words = words_.data<std::int64_t>();
+  if (words[0] != ~words[1]) {
     const std::string why =
         fmt::format("[sharding] ranks disagree about the step; this one is at step {}", step_);
     communicator_.abort(why);
     throw CommunicatorError(why);
   }
+  live_ = 0;
+  tokens_ = 0;
+  for (int r = 0; r < communicator_.size(); ++r) {
+    const std::int64_t word = words[kHead + static_cast<std::size_t>(r)];
+    live_ += (word & kDone) == 0 ? 1 : 0;
+    tokens_ += word & ~kDone;
+  }
 }
 
 bool ShardedGradients::used(std::size_t parameter) const {
-  return (words_.data<std::int64_t>()[2 + parameter / 64] >> (parameter % 64) & 1) != 0;
+  const std::size_t bits_at = kHead + static_cast<std::size_t>(communicator_.size());
+  return words_.defined() &&
+         (words_.data<std::int64_t>()[bits_at + parameter / 64] >> (parameter % 64) & 1) != 0;
 }
 
 bool ShardedGradients::used_anywhere(std::size_t unit) const {
   return std::ranges::any_of(units_[unit].slots,
                              [&](const ShardUnit::Slot& slot) { return used(slot.parameter); });
+}
+
+double ShardedGradients::divisor() const {
+  if (options_.divisor != 0) {
+    return options_.divisor;
+  }
+  if (options_.mean == Mean::tokens) {
+    return static_cast<double>(std::max<std::int64_t>(1, tokens_));
+  }
+  if (options_.shards > 0) {
+    return options_.shards;
+  }
+  return options_.divide_by_live ? live_ : communicator_.size();
 }
 
 void ShardedGradients::ready(const Parameter& p) {
@@ -155,11 +218,31 @@ void ShardedGradients::ready(const Parameter& p) {
   State& state = states_[places_.at(&p).unit];
   ensure(state.left > 0, "sharding: parameter {} became ready once more than announced", p.name());
   --state.left;
-  launch_ready();
+  if (!in_step_) {
+    launch_ready();
+  }
 }
 
 void ShardedGradients::launch_ready() {
   while (next_ < order_.size() && states_[order_[next_]].left == 0) {
+    finish_agreement();
+    const std::size_t unit = order_[next_++];
+    if (live_ > 0 && used_anywhere(unit)) {
+      launch(unit);
+    }
+  }
+}
+
+void ShardedGradients::mark_unready(GatherWords& words) const {
+  for (std::size_t i = next_; reducing_ && i < order_.size(); ++i) {
+    if (states_[order_[i]].left > 0) {
+      words.mark(order_[i]);
+    }
+  }
+}
+
+void ShardedGradients::launch_ready_on_all(const GatherWords& words) {
+  while (reducing_ && next_ < order_.size() && !words.marked(order_[next_])) {
     finish_agreement();
     const std::size_t unit = order_[next_++];
     if (used_anywhere(unit)) {
@@ -168,27 +251,51 @@ void ShardedGradients::launch_ready() {
   }
 }
 
-void ShardedGradients::launch(std::size_t u) {
-  settle_flight();
+// Padding too is defined, and what this rank did not use is zero.
+void ShardedGradients::fill_gaps(std::size_t u) {
   const ShardUnit& unit = units_[u];
-  State& state = states_[u];
   (void)storage(*parameters_[unit.slots[0].parameter]);
-  // Padding too is defined, and what this rank did not use is zero.
+  const Tensor& full = states_[u].full;
   std::int64_t end = 0;
   for (const ShardUnit::Slot& slot : unit.slots) {
-    state.full.slice(0, end, slot.offset).zero();
+    full.slice(0, end, slot.offset).zero();
     end = slot.offset + slot.numel;
-    if (touched_[slot.parameter] == 0) {
-      state.full.slice(0, slot.offset, end).zero();
+    if (written_[slot.parameter] == 0) {
+      full.slice(0, slot.offset, end).zero();
     }
   }
-  state.full.slice(0, end, state.full.numel()).zero();
-  state.shard =
-      Tensor::empty({unit.slice}, unit.grad_dtype, state.full.device(), MemoryKind::gradients);
-  state.pending = communicator_.reduce_scatter(state.full, state.shard, Reduce::sum,
-                                               {"gradients", static_cast<int>(u)});
+  full.slice(0, end, full.numel()).zero();
+}
+
+void ShardedGradients::launch(std::size_t u) {
+  settle_flight();
+  fill_gaps(u);
+  send(u);
   flight_ = u;
   launched_.push_back(u);
+}
+
+void ShardedGradients::send(std::size_t u) {
+  const ShardUnit& unit = units_[u];
+  State& state = states_[u];
+  const Tag tag{"gradients", static_cast<int>(u)};
+  state.shard =
+      Tensor::empty({unit.slice}, unit.grad_dtype, state.full.device(), MemoryKind::gradients);
+  if (options_.shards > 0) {
+    send_nodes(u);
+    return;
+  }
+  if (!options_.compress || unit.grad_dtype != DType::f32) {
+    state.pending = communicator_.reduce_scatter(state.full, state.shard, Reduce::sum, tag);
+    return;
+  }
+  const auto packed = [&](const Tensor& like) {
+    return Tensor::empty(like.shape(), DType::bf16, like.device(), MemoryKind::communication);
+  };
+  state.sent = packed(state.full);
+  state.received = packed(state.shard);
+  kernels::cast(state.full, state.sent);
+  state.pending = communicator_.reduce_scatter(state.sent, state.received, Reduce::sum, tag);
 }
 
 void ShardedGradients::settle_flight() {
@@ -197,12 +304,31 @@ void ShardedGradients::settle_flight() {
   }
   State& state = states_[*flight_];
   state.pending.wait();
-  for (const ShardUnit::Slot& slot : units_[*flight_].slots) {
-    drop_gradient(*parameters_[slot.parameter]);
+  if (options_.shards > 0) {
+    settle_nodes(*flight_);
+  } else if (state.received.defined()) {
+    kernels::cast(state.received, state.shard);
   }
-  state.full = Tensor();
-  divide(state.shard, divisor_);
+  state.sent = state.received = Tensor();
+  drop(*flight_);
+  divide(state.shard, divisor());
   flight_.reset();
+}
+
+void ShardedGradients::settle_arrived() {
+  if (flight_ && states_[*flight_].pending.done()) {
+    settle_flight();
+  }
+}
+
+bool ShardedGradients::settled(std::size_t unit) const {
+  return states_[unit].shard.defined() && flight_ != unit;
+}
+
+void ShardedGradients::finish_accumulation() {
+  if (options_.shards > 0) {
+    store_shard();
+  }
 }
 
 void ShardedGradients::finish() {
@@ -216,19 +342,28 @@ void ShardedGradients::finish() {
   launch_ready();
   finish_agreement();
   settle_flight();
-  reducing_ = false;
+  reducing_ = in_step_ = false;
+  if (live_ == 0) {
+    return;  // nothing was reduced
+  }
   reduced_ = true;
+  own_tokens_ = 0;
+  tokens_counted_ = false;
+  shards_done_ = 0;
+  shard_sums_.release();
   ++step_;
 }
 
 void ShardedGradients::zero() {
-  for (State& state : states_) {
-    state.shard = state.full = Tensor();
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    states_[u].shard = Tensor();
   }
-  for (const auto& [p, place] : places_) {
-    drop_gradient(*const_cast<Parameter*>(p));
+  for (const std::size_t u : order_) {
+    drop(u);
   }
   std::ranges::fill(touched_, char{0});
+  shard_sums_.release();
+  shards_done_ = 0;
   reduced_ = false;
 }
 

@@ -2,15 +2,28 @@
 
 #include <algorithm>
 
+#include "distributed/hash.h"
+
 namespace reprise::distributed {
 
 ShardedValues::ShardedValues(Communicator& communicator, const std::vector<Parameter*>& parameters,
-                             const std::vector<ShardUnit>& units, std::vector<std::size_t> order)
+                             const std::vector<ShardUnit>& units, std::vector<std::size_t> order,
+                             ShardedGradients& gradients, std::size_t again)
     : communicator_(communicator),
       parameters_(parameters),
       units_(units),
+      gradients_(gradients),
+      again_(again),
       states_(units.size()),
-      forward_order_(std::move(order)) {
+      foreseen_(std::move(order)) {
+  for (const std::size_t u : foreseen_) {
+    if (std::ranges::find(list_, u) == list_.end()) {
+      list_.push_back(u);
+    }
+  }
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    index_of_[parameters[i]] = i;
+  }
   for (std::size_t u = 0; u < units.size(); ++u) {
     const ShardUnit& unit = units[u];
     const Device device = parameters[unit.slots[0].parameter]->value().device();
@@ -34,12 +47,13 @@ ShardedValues::ShardedValues(Communicator& communicator, const std::vector<Param
 void ShardedValues::before_read(const Parameter& p) {
   const std::size_t unit = unit_of_.at(&p);
   if (unit != current_) {
-    move_to(unit);
+    sweeping_ ? read_in_sweep(unit) : read_in_forward(unit);
   }
 }
 
 // The place after its next occurrence; a forward that begins anew starts at the front.
-std::size_t ShardedValues::find_next(std::size_t unit, const std::vector<std::size_t>& order) {
+std::size_t ShardedValues::find_next(std::size_t unit,
+                                     const std::vector<std::size_t>& order) const {
   const auto after = order.begin() + static_cast<std::ptrdiff_t>(next_);
   auto found = std::find(after, order.end(), unit);
   if (found == order.end() && !sweeping_) {
@@ -51,26 +65,6 @@ std::size_t ShardedValues::find_next(std::size_t unit, const std::vector<std::si
   return found == order.end() ? next_ : static_cast<std::size_t>(found - order.begin()) + 1;
 }
 
-void ShardedValues::move_to(std::size_t unit) {
-  const std::vector<std::size_t>& order = sweeping_ ? sweep_order_ : forward_order_;
-  next_ = find_next(unit, order);
-  current_ = unit;
-  if (!sweeping_) {
-    seen_.push_back(unit);
-    const auto after = order.begin() + static_cast<std::ptrdiff_t>(next_);
-    for (std::size_t u = 0; u < states_.size(); ++u) {
-      if (u != unit && states_[u].resident && std::find(after, order.end(), u) == order.end()) {
-        release(u);
-      }
-    }
-  }
-  if (!gathered(states_[unit])) {
-    launch(unit, false);
-  }
-  make_resident(unit);
-  look_ahead();
-}
-
 void ShardedValues::launch(std::size_t unit, bool ahead) {
   State& state = states_[unit];
   const std::int64_t elements = units_[unit].slice * communicator_.size();
@@ -78,7 +72,16 @@ void ShardedValues::launch(std::size_t unit, bool ahead) {
       Tensor::empty({elements}, units_[unit].dtype, state.shard.device(), MemoryKind::parameters);
   state.pending =
       communicator_.all_gather(state.shard, state.full, {"parameters", static_cast<int>(unit)});
-  gathers_.push_back({unit, sweeping_, ahead});
+  gathers_.push_back({unit, sweeping_ || !over_, ahead});
+}
+
+// In a gather that this rank does not need.
+void ShardedValues::take_part(std::size_t unit) {
+  const Tensor full = Tensor::empty({units_[unit].slice * communicator_.size()}, units_[unit].dtype,
+                                    states_[unit].shard.device(), MemoryKind::parameters);
+  communicator_.all_gather(states_[unit].shard, full, {"parameters", static_cast<int>(unit)})
+      .wait();
+  gathers_.push_back({unit, sweeping_ || !over_, false});
 }
 
 void ShardedValues::make_resident(std::size_t unit) {
@@ -105,32 +108,50 @@ void ShardedValues::release(std::size_t unit) {
   current_ = current_ == unit ? kNone : current_;
 }
 
-// The next unit that is not here is sent for, unless one is under way already.
-void ShardedValues::look_ahead() {
-  for (const State& state : states_) {
-    if (gathered(state) && !state.resident) {
-      return;
+void ShardedValues::release_all() {
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    if (here(u)) {
+      release(u);
     }
   }
-  const std::vector<std::size_t>& order = sweeping_ ? sweep_order_ : forward_order_;
-  for (std::size_t i = next_; i < order.size(); ++i) {
-    const State& state = states_[order[i]];
-    if (!gathered(state) && (!sweeping_ || !state.still.empty())) {
-      launch(order[i], true);
-      return;
-    }
-  }
+  current_ = kNone;
 }
 
-void ShardedValues::begin_sweep(const Plan& plan) {
-  if (!seen_.empty()) {
-    forward_order_ = std::exchange(seen_, {});  // the next forward is likely to be the same
+// What decides in which order a sweep gathers and reduces.
+std::uint64_t ShardedValues::hash_of(const Plan& plan) const {
+  Hash hash;
+  const auto add = [&](std::int64_t x) { hash.add(static_cast<std::uint64_t>(x)); };
+  const auto index = [&](const Parameter* p) {
+    const auto found = index_of_.find(p);
+    return found == index_of_.end() ? -1 : static_cast<std::int64_t>(found->second);
+  };
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    add(states_[u].resident ? 1 : 0);
   }
+  for (const Parameter* p : plan.reads) {
+    add(index(p));
+  }
+  add(-2);
+  for (const Ready& ready : plan.order) {
+    add(index(ready.parameter));
+    add(ready.last_read);
+  }
+  add(-2);
+  for (const Contribution& contribution : plan.contributions()) {
+    add(index(contribution.parameter));
+    add(contribution.record);
+  }
+  return hash.value();
+}
+
+AfterForward ShardedValues::begin_sweep(const Plan& plan, AfterForward kind) {
+  const std::uint64_t hash = hash_of(plan);
+  // All ranks have data, or the words say so.
+  const GatherWords words = *finish_forward(kind, hash);
+  in_step_ = !words.same(GatherWords::Of::plan) || words.has(GatherWords::joins);
+  next_ = 0;
   sweep_order_.clear();
   sweep_reads_left_ = 0;
-  for (State& state : states_) {
-    state.still.clear();
-  }
   for (Parameter* p : plan.reads) {
     const auto found = unit_of_.find(p);
     if (found == unit_of_.end()) {
@@ -145,16 +166,94 @@ void ShardedValues::begin_sweep(const Plan& plan) {
       sweep_order_.push_back(found->second);
     }
   }
-  next_ = 0;
-  current_ = kNone;
   for (std::size_t u = 0; u < states_.size(); ++u) {
-    if (gathered(states_[u]) && states_[u].still.empty()) {
+    if (here(u) && states_[u].still.empty()) {
       release(u);
     }
   }
   sweeping_ = sweep_reads_left_ > 0;
-  if (sweeping_) {
-    look_ahead();
+  over_ = false;
+  return kind_of(words);
+}
+
+void ShardedValues::start_sweep() {
+  if (sweeping_ && !in_step_) {
+    look_ahead_in_sweep();
+  }
+}
+
+void ShardedValues::read_in_sweep(std::size_t unit) {
+  next_ = find_next(unit, sweep_order_);
+  current_ = unit;
+  if (again_ > 0) {
+    release_until_later(unit);
+  }
+  if (!here(unit)) {
+    in_step_ ? ask_in_sweep(unit) : launch(unit, false);
+  }
+  make_resident(unit);
+  if (!in_step_) {
+    look_ahead_in_sweep();
+  }
+}
+
+// What the next `again_` other units of the sweep's order do not include.
+void ShardedValues::release_until_later(std::size_t reading) {
+  std::vector<std::size_t> soon;
+  for (std::size_t i = next_; i < sweep_order_.size() && soon.size() < again_; ++i) {
+    if (sweep_order_[i] != reading && std::ranges::find(soon, sweep_order_[i]) == soon.end()) {
+      soon.push_back(sweep_order_[i]);
+    }
+  }
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    if (u != reading && states_[u].resident && std::ranges::find(soon, u) == soon.end()) {
+      release(u);
+    }
+  }
+}
+
+// The next unit that is not here is sent for, unless one is under way already.
+void ShardedValues::look_ahead_in_sweep() {
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    if (here(u) && !states_[u].resident) {
+      return;
+    }
+  }
+  for (std::size_t i = next_; i < sweep_order_.size(); ++i) {
+    const std::size_t unit = sweep_order_[i];
+    if (!here(unit) && !states_[unit].still.empty()) {
+      launch(unit, true);
+      return;
+    }
+  }
+}
+
+// One meeting of the ranks: what any of them needs is gathered, what all have ready is reduced.
+void ShardedValues::meet(std::size_t wanted) {
+  GatherWords words(states_.size());
+  if (wanted != kNone) {
+    words.want(wanted);
+    words.set(GatherWords::sweeps);
+  }
+  gradients_.mark_unready(words);
+  words.exchange(communicator_, "gathers of sweeps that differ").wait();
+  for (std::size_t u = 0; u < states_.size(); ++u) {
+    if (!words.wanted(u)) {
+      continue;
+    }
+    if (here(u) || states_[u].still.empty()) {
+      take_part(u);
+    } else {
+      launch(u, false);
+    }
+  }
+  gradients_.launch_ready_on_all(words);
+  over_ = !words.has(GatherWords::sweeps);
+}
+
+void ShardedValues::ask_in_sweep(std::size_t unit) {
+  while (!here(unit)) {
+    meet(unit);
   }
 }
 
@@ -167,24 +266,26 @@ void ShardedValues::last_read(const Parameter& p) {
   if (std::erase(state.still, &p) == 0) {
     return;
   }
-  if (state.still.empty() && gathered(state)) {
+  if (state.still.empty() && here(unit->second)) {
     release(unit->second);
   }
   if (--sweep_reads_left_ == 0) {
-    end();
+    sweeping_ = false;
+    release_all();
   }
 }
 
-void ShardedValues::end() {
-  for (std::size_t u = 0; u < states_.size(); ++u) {
-    if (gathered(states_[u])) {
-      release(u);
-    }
+void ShardedValues::end_sweep() {
+  while (in_step_ && !over_) {
+    meet(kNone);
   }
-  seen_.clear();
-  sweeping_ = false;
+  over_ = true;
+  sweeping_ = in_step_ = false;
+  for (State& state : states_) {
+    state.still.clear();
+  }
   next_ = 0;
-  current_ = kNone;
+  release_all();
 }
 
 }  // namespace reprise::distributed

@@ -45,20 +45,19 @@ Sharding::Sharding(Communicator& communicator, std::vector<Parameter*> parameter
       }
     }
   }
-  if (options.stage == 3) {
-    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order);
-  } else {
-    hold_whole_values();
-  }
   if (options.stage == 1) {
     std::vector<Parameter*> trainable;
     std::ranges::copy_if(parameters_, std::back_inserter(trainable), &Parameter::trainable);
-    ReducerOptions reduction = options.reduction;
-    reduction.divisor = options.divisor;
-    reducer_ = std::make_unique<Reducer>(communicator, std::move(trainable), reduction);
+    reducer_ = std::make_unique<Reducer>(communicator, std::move(trainable), options.reduction);
   } else {
     gradients_ =
-        std::make_unique<ShardedGradients>(communicator, parameters_, units_, options.divisor);
+        std::make_unique<ShardedGradients>(communicator, parameters_, units_, options.reduction);
+  }
+  if (options.stage == 3) {
+    values_ = std::make_unique<ShardedValues>(communicator, parameters_, units_, order, *gradients_,
+                                              options.gather_again);
+  } else {
+    hold_whole_values();
   }
   make_shards();
   for (const auto& [p, place] : slots_) {
@@ -89,20 +88,38 @@ void Sharding::agree_on_layout() const {
     parameters += signature(*p) + "\n";
   }
   const auto word = [](std::uint64_t x) { return std::bit_cast<std::int64_t>(x); };
-  const std::array<std::int64_t, 5> mine{
-      options_.stage, std::ssize(parameters_), word(Hash().add(parameters).value()),
-      word(Hash().add(layout).value()), std::bit_cast<std::int64_t>(options_.divisor)};
-  const std::array<const char*, 5> names{"stage", "number of parameters", "parameters (hash)",
-                                         "units, as recorded reads make them (hash)", "divisor"};
-  const Tensor in = Tensor::zeros({5}, DType::i64, cpu, MemoryKind::communication);
+  const ReducerOptions& reduction = options_.reduction;
+  const std::array mine{std::int64_t{options_.stage},
+                        std::int64_t{std::ssize(parameters_)},
+                        word(Hash().add(parameters).value()),
+                        word(Hash().add(layout).value()),
+                        std::bit_cast<std::int64_t>(reduction.divisor),
+                        static_cast<std::int64_t>(reduction.mean),
+                        std::int64_t{reduction.divide_by_live},
+                        std::int64_t{reduction.compress},
+                        std::int64_t{reduction.shards},
+                        static_cast<std::int64_t>(options_.gather_again)};
+  const std::array<const char*, mine.size()> names{"stage",
+                                                   "number of parameters",
+                                                   "parameters (hash)",
+                                                   "units, as recorded reads make them (hash)",
+                                                   "divisor",
+                                                   "mean (0: over ranks, 1: over tokens)",
+                                                   "division by live ranks",
+                                                   "compression",
+                                                   "shards",
+                                                   "gathering again"};
+  const auto fields = std::ssize(mine);
+  const Tensor in = Tensor::zeros({fields}, DType::i64, cpu, MemoryKind::communication);
   const Tensor all =
-      Tensor::zeros({5 * communicator_.size()}, DType::i64, cpu, MemoryKind::communication);
+      Tensor::zeros({fields * communicator_.size()}, DType::i64, cpu, MemoryKind::communication);
   std::ranges::copy(mine, in.data<std::int64_t>());
   communicator_.all_gather(in, all, {"layout of the sharding"}).wait();
   for (std::size_t field = 0; field < names.size(); ++field) {
     std::vector<std::string> values;
     for (int r = 0; r < communicator_.size(); ++r) {
-      const std::int64_t value = all.data<std::int64_t>()[5 * static_cast<std::size_t>(r) + field];
+      const std::int64_t value =
+          all.data<std::int64_t>()[mine.size() * static_cast<std::size_t>(r) + field];
       values.push_back(field == 4 ? fmt::format("{}", std::bit_cast<double>(value))
                                   : std::to_string(value));
     }
@@ -186,7 +203,9 @@ std::vector<Sharding::Part> Sharding::parts_of(const Parameter& p) const {
 }
 
 void Sharding::values_written() {
-  end_forward();
+  if (values_ != nullptr) {
+    values_->release_all();
+  }
   std::vector<Pending> gathers;
   for (std::size_t u = 0; u < whole_.size(); ++u) {
     if (whole_[u].defined()) {
@@ -244,22 +263,28 @@ void Sharding::zero_gradients() {
   }
 }
 
+void Sharding::bind_gradient_of(const Shard& shard) {
+  Parameter& part = *shard.parameter;
+  part.zero_gradient();
+  part.unbind_gradient();
+  if (!used(shard.source)) {
+    return;
+  }
+  const std::int64_t n = part.shape().numel();
+  part.bind_gradient(gradients_ != nullptr
+                         ? gradients_->shard(shard.unit).slice(0, shard.at, shard.at + n)
+                         : parameters_[shard.source]
+                               ->gradient()
+                               .reshape({parameters_[shard.source]->shape().numel()})
+                               .slice(0, shard.first, shard.first + n));
+  part.set_gradient_present();
+}
+
 void Sharding::bind_shard_gradients() {
   for (const Shard& shard : owned_) {
-    Parameter& part = *shard.parameter;
-    part.zero_gradient();
-    part.unbind_gradient();
-    if (!used(shard.source)) {
-      continue;
+    if (updated_early_.empty() || updated_early_[shard.unit] == 0) {
+      bind_gradient_of(shard);
     }
-    const std::int64_t n = part.shape().numel();
-    part.bind_gradient(gradients_ != nullptr
-                           ? gradients_->shard(shard.unit).slice(0, shard.at, shard.at + n)
-                           : parameters_[shard.source]
-                                 ->gradient()
-                                 .reshape({parameters_[shard.source]->shape().numel()})
-                                 .slice(0, shard.first, shard.first + n));
-    part.set_gradient_present();
   }
 }
 
@@ -267,15 +292,15 @@ void Sharding::hook(BackwardOptions& options, bool reduce) {
   if (gradients_ == nullptr) {
     return reduce ? reducer_->attach(options) : reducer_->attach_accumulation(options);
   }
+  if (update_ && reduce && options.keep) {
+    fail("sharding", "a tape that is kept reads values that an early update would change");
+  }
   if (options.parameters.empty()) {
     options.parameters = parameters_;
   }
   options.list_reads = options.list_reads || values_ != nullptr;
   options.on_plan = [this, reduce, next = std::move(options.on_plan)](const Plan& plan) {
-    gradients_->begin_sweep(plan, reduce);
-    if (values_ != nullptr) {
-      values_->begin_sweep(plan);
-    }
+    begin(plan, reduce);
     if (next) {
       next(plan);
     }
@@ -285,14 +310,38 @@ void Sharding::hook(BackwardOptions& options, bool reduce) {
     if (next) {
       next(p);
     }
+    update_what_can_be();
   };
+  options.on_last_read = [this, next = std::move(options.on_last_read)](Parameter& p) {
+    not_read_any_more(p);
+    if (next) {
+      next(p);
+    }
+  };
+}
+
+void Sharding::begin(const Plan& plan, bool reduce) {
+  gradients_->prepare(plan, reduce);
   if (values_ != nullptr) {
-    options.on_last_read = [this, next = std::move(options.on_last_read)](Parameter& p) {
-      values_->last_read(p);
-      if (next) {
-        next(p);
-      }
-    };
+    const AfterForward kind =
+        values_->begin_sweep(plan, reduce ? GatherWords::reduces : GatherWords::accumulates);
+    waits_ = reduce && kind == GatherWords::accumulates;
+    reduce = kind == GatherWords::reduces;
+    gradients_->wait_for_all(values_->in_step());
+  }
+  if (reduce) {
+    gradients_->start();
+  }
+  if (values_ != nullptr) {
+    values_->start_sweep();
+  }
+  updates_ = reduce && update_;
+  updated_early_.assign(units_.size(), 0);
+  reads_left_.assign(units_.size(), 0);
+  for (const Ready& ready : plan.order) {
+    if (const auto found = slots_.find(ready.parameter); found != slots_.end()) {
+      ++reads_left_[found->second.unit];
+    }
   }
 }
 
@@ -306,47 +355,99 @@ void Sharding::attach_accumulation(BackwardOptions& options) {
 
 void Sharding::finish_accumulation() {
   if (gradients_ == nullptr) {
-    reducer_->finish_accumulation();
+    return reducer_->finish_accumulation();
   }
-  end_forward();
+  if (values_ != nullptr) {
+    values_->end_sweep();
+  }
+  gradients_->finish_accumulation();
 }
 
 void Sharding::finish() {
-  if (gradients_ != nullptr) {
-    gradients_->finish();
-  } else {
+  if (gradients_ == nullptr) {
     reducer_->finish();
+  } else {
+    if (values_ != nullptr) {
+      values_->end_sweep();
+    }
+    if (std::exchange(waits_, false)) {
+      (void)join_sharded();
+    } else {
+      gradients_->finish();
+    }
   }
-  end_forward();
-  bind_shard_gradients();
+  end_reduction();
 }
 
 void Sharding::end_forward() {
   if (values_ != nullptr) {
-    values_->end();
+    values_->end_forward();
   }
+}
+
+void Sharding::add_tokens(std::int64_t count) {
+  gradients_ != nullptr ? gradients_->add_tokens(count) : reducer_->add_tokens(count);
+}
+
+template <class F>
+void Sharding::guarded(F&& f) {
+  try {
+    f();
+  } catch (const std::exception& e) {
+    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
+    throw;
+  }
+}
+
+bool Sharding::join() {
+  bool live = false;
+  guarded([&] {
+    live = gradients_ != nullptr ? join_sharded() : reducer_->join();
+    if (live) {
+      end_reduction();
+    }
+  });
+  return live;
+}
+
+bool Sharding::join_sharded() {
+  gradients_->prepare_join();
+  updated_early_.assign(units_.size(), 0);
+  if (values_ != nullptr) {
+    for (;;) {  // micro-batches of the others
+      const std::optional<AfterForward> kind = values_->join_forward();
+      if (!kind) {
+        return false;
+      }
+      if (*kind == GatherWords::reduces) {
+        break;
+      }
+      values_->end_sweep();
+    }
+    gradients_->wait_for_all(true);
+  }
+  gradients_->start();
+  if (values_ != nullptr) {
+    values_->end_sweep();
+  }
+  gradients_->finish();
+  return gradients_->live() > 0;
 }
 
 void Sharding::backward(const Variable& loss, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach(options);
     reprise::backward(loss, options);
     finish();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+  });
 }
 
 void Sharding::accumulate(const Variable& loss, BackwardOptions options) {
-  try {
+  guarded([&] {
     attach_accumulation(options);
     reprise::backward(loss, options);
     finish_accumulation();
-  } catch (const std::exception& e) {
-    communicator_.abort(fmt::format("exception in backward: {}", e.what()));
-    throw;
-  }
+  });
 }
 
 void Sharding::before_read(const Parameter& p) {
@@ -375,16 +476,42 @@ void Sharding::clear_gathers() {
   }
 }
 
-// Every rank sends its part straight to its place: no rank has more than its shards and this.
 Tensor Sharding::gathered(const Parameter& p) const {
-  const auto found = slots_.find(&p);
-  if (found == slots_.end() || values_ == nullptr) {
+  if (values_ == nullptr || !is_sharded(p)) {
     return p.value();
   }
-  const ShardUnit& unit = units_[found->second.unit];
-  const ShardUnit::Slot& slot = unit.slots[found->second.slot];
+  const std::vector<Part> parts = parts_of(p);
+  return assembled(p, parts.empty() ? Tensor() : parts.front().values, p.dtype());
+}
+
+Tensor Sharding::gathered_gradient(const Parameter& p) const {
+  if (gradients_ == nullptr) {
+    return p.has_gradient() ? p.gradient() : Tensor();
+  }
+  const auto found = slots_.find(&p);
+  if (found == slots_.end()) {
+    return {};
+  }
+  const Place place = found->second;
+  const ShardUnit& unit = units_[place.unit];
+  const ShardUnit::Slot& slot = unit.slots[place.slot];
+  if (!unit.trainable || !gradients_->settled(place.unit) || !used(slot.parameter)) {
+    return {};
+  }
+  const auto [first, last] = unit.part_of(slot, communicator_.rank());
+  const std::int64_t at = slot.offset + first - communicator_.rank() * unit.slice;
+  const Tensor own =
+      first < last ? gradients_->shard(place.unit).slice(0, at, at + last - first) : Tensor();
+  return assembled(p, own, unit.grad_dtype);
+}
+
+// Every rank sends its part straight to its place: no rank has more than its shards and this.
+Tensor Sharding::assembled(const Parameter& p, const Tensor& own, DType dtype) const {
+  const Place place = slots_.at(&p);
+  const ShardUnit& unit = units_[place.unit];
+  const ShardUnit::Slot& slot = unit.slots[place.slot];
   const Tensor whole =
-      Tensor::empty({slot.numel}, p.dtype(), p.value().device(), MemoryKind::workspace);
+      Tensor::empty({slot.numel}, dtype, p.value().device(), MemoryKind::workspace);
   std::vector<Pending> sends;
   for (int r = 0; r < communicator_.size(); ++r) {
     const auto [first, last] = unit.part_of(slot, r);
@@ -393,9 +520,9 @@ Tensor Sharding::gathered(const Parameter& p) const {
     }
     const Tensor part = whole.slice(0, first, last);
     if (r == communicator_.rank()) {
-      part.copy_from(parts_of(p).front().values);
+      part.copy_from(own);
     }
-    sends.push_back(communicator_.broadcast(part, r, {"value of a parameter"}));
+    sends.push_back(communicator_.broadcast(part, r, {"part of a parameter"}));
   }
   for (const Pending& send : sends) {
     send.wait();

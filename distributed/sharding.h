@@ -32,8 +32,10 @@
 // stage 3 their values are there for a Variable only; Tensors of them (Parameter::value()) have a
 // layout and no elements outside of an op.
 //
-// Ranks may use different parameters at stages 1 and 2. At stage 3 all must read the same units in
-// the same order; if not, all throw CommunicatorError that names the collective.
+// Ranks may use different parameters and take different branches at every stage
+// (distributed/sharded_values.h says what that costs at stage 3), may have more or fewer
+// micro-batches, and may run out of data: join(). At stage 3 the caller's own collectives belong
+// after backward(), accumulate() or end_forward(), of which every forward needs one.
 //
 // Errors: the caller's mistakes throw Error; ranks that differ in parameters, reads, stage or step
 // throw CommunicatorError.
@@ -43,6 +45,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -61,8 +64,12 @@ namespace reprise::distributed {
 
 struct ShardingOptions {
   int stage = 3;
-  double divisor = 0;        // of the gradients' sums over ranks; 0: the number of ranks
-  ReducerOptions reduction;  // stage 1, which reduces as an unsharded run does; not its divisor
+  // As of an unsharded run, with its bits. Buckets are of stage 1; at the others units are.
+  ReducerOptions reduction = {};
+  // Stage 3, segments in segments: a unit that a sweep does not read again before so many others
+  // goes, and is gathered again. 0: it stays from its first read to its last, gathered once. An
+  // outer replay then has the values of all that it runs through.
+  std::size_t gather_again = 0;
 };
 
 class Sharding final : public ParameterHost {
@@ -88,17 +95,25 @@ class Sharding final : public ParameterHost {
   void updated();
   void zero_gradients();
   // nn::global_norm of the gradients of all shards of all ranks. A collective at stages 2 and 3.
+  // Throws Error with an early update, which would come before a clip by it.
   double global_norm();
 
   // As those of Reducer.
   void backward(const Variable& loss, BackwardOptions options = {});
   void accumulate(const Variable& loss, BackwardOptions options = {});
+  void add_tokens(std::int64_t count);
+  bool join();
+  // As Reducer's, of the shards of this rank: those of a unit, at stage 1 of a bucket, as soon as
+  // their gradients are final and nothing reads the values on any rank. updated() belongs after
+  // backward() all the same. Where ranks' sweeps differ at stage 3 it is called at the end.
+  void update_early(std::function<void(std::span<Parameter* const>)> update);
   // The same in parts, for a caller that runs backward itself.
   void attach(BackwardOptions& options);
   void finish();
   void attach_accumulation(BackwardOptions& options);
   void finish_accumulation();
-  // After a forward without a backward at stage 3: lets go of what it has gathered.
+  // After a forward without a backward, on all ranks: at stage 3 a collective. Lets go of what was
+  // gathered.
   void end_forward();
 
   int stage() const { return options_.stage; }
@@ -112,6 +127,12 @@ class Sharding final : public ParameterHost {
   void values_written();
   // The whole value on all ranks, of MemoryKind::workspace. A collective.
   Tensor gathered(const Parameter& p) const;
+  // The whole gradient after backward(); undefined when no rank has used the parameter. A
+  // collective.
+  Tensor gathered_gradient(const Parameter& p) const;
+  // The same of anything that is cut as `p` is: `own` is this rank's part of it, undefined where
+  // parts_of(p) is empty. A collective at every stage.
+  Tensor assembled(const Parameter& p, const Tensor& own, DType dtype) const;
   // Stage 3: since the last clear_gathers().
   std::span<const GatherEvent> gathers() const;
   void clear_gathers();
@@ -137,6 +158,15 @@ class Sharding final : public ParameterHost {
   void make_shards();
   void hook(BackwardOptions& options, bool reduce);
   void bind_shard_gradients();
+  void bind_gradient_of(const Shard& shard);
+  void begin(const Plan& plan, bool reduce);
+  void end_reduction();
+  void not_read_any_more(const Parameter& p);
+  void update_what_can_be();
+  void update_unit(std::size_t unit);
+  bool join_sharded();
+  template <class F>
+  void guarded(F&& f);
   Tensor shard_values(std::size_t unit) const;
   bool used(std::size_t parameter) const;
   double norm_of_parts() const;
@@ -152,6 +182,12 @@ class Sharding final : public ParameterHost {
   std::unique_ptr<Reducer> reducer_;             // stage 1
   std::vector<Shard> owned_;
   std::vector<Parameter*> shards_;
+  std::function<void(std::span<Parameter* const>)> update_;
+  // Of an early update, by unit: parameters whose values may still be read; done.
+  std::vector<std::size_t> reads_left_;
+  std::vector<char> updated_early_;
+  bool updates_ = false;  // in this sweep
+  bool waits_ = false;    // stage 3: this rank's sweep was its last, others have more
 };
 
 }  // namespace reprise::distributed

@@ -89,6 +89,11 @@ double Sharding::norm_of_parts() const {
 }
 
 double Sharding::global_norm() {
+  if (update_) {
+    fail("sharding",
+         "with an early update the gradients are used before their norm is known: clip by it, or "
+         "update early");
+  }
   if (gradients_ != nullptr) {
     return norm_of_parts();
   }

@@ -168,6 +168,8 @@ void add_demo(CLI::App& app, DemoOptions& demo) {
       ->add_option("--shards", demo.shards,
                    "Cut the batch into shards: 1, 2 and 4 ranks then give the same bits")
       ->check(positive());
+  command->add_option("--stage", demo.stage, "Of sharding over --ranks ranks")
+      ->check(CLI::IsMember({0, 1, 2, 3}));
   command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
       ->check(positive());
   command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
@@ -251,6 +253,11 @@ Invocation parse(const std::vector<std::string>& words) {
   app.get_subcommand("memory")
       ->add_option("--stage", asked.dry.stage, "Of sharding over --ranks ranks")
       ->check(CLI::IsMember({0, 1, 2, 3}));
+  app.get_subcommand("memory")
+      ->add_option("--gather-again", asked.dry.gather_again,
+                   "At stage 3 in nested segments: units between two reads after which one goes "
+                   "meanwhile")
+      ->check(from_one(1 << 20));
   app.add_subcommand("test", "Build everything and run every test (the script's: ./reprise test).")
       ->allow_extras();
   app.add_subcommand("build", "Build the program only (the script's: ./reprise build).")

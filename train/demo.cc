@@ -15,8 +15,10 @@
 #include "distributed/disagreement.h"
 #include "distributed/header.h"
 #include "distributed/reducer.h"
+#include "distributed/sharding.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
+#include "train/digest.h"
 #include "train/policy_table.h"
 #include "train/progress.h"
 #include "train/sample.h"
@@ -61,14 +63,50 @@ double validation_loss(Trainer& trainer, const ByteData& data) {
   return sum / static_cast<double>(count);
 }
 
-void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed) {
+// On rank 0, or with values that are cut on all ranks, of which rank 0 prints.
+void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed, bool prints,
+                  distributed::Sharding* sharding) {
+  if (!prints && (sharding == nullptr || sharding->stage() < 3)) {
+    return;
+  }
   Generator generator{seed + 100, 0};
   model.evaluate();
+  const std::string text = sample_text(
+      model, kPrompt, 200, kTokens, 0.8, generator,
+      sharding == nullptr ? std::function<void()>() : [=] { sharding->end_forward(); });
+  if (!prints) {
+    return;
+  }
   fmt::print("\nSampled text {}:\n| ", when);
-  for (char c : sample_text(model, kPrompt, 200, kTokens, 0.8, generator)) {
+  for (char c : text) {
     fmt::print("{}{}", c, c == '\n' ? "| " : "");
   }
   fmt::print("\n\n");
+}
+
+// A forward of what the ranks train, without values.
+distributed::ForwardReads reads_of(nn::LanguageModel& meta_model, const ByteData& data) {
+  nn::Batch batch;
+  batch.ids = batch.labels = Tensor::zeros({data.batch(), kTokens}, DType::i64, meta);
+  return distributed::record_reads(meta_model.parameters(), [&] { (void)meta_model.loss(batch); });
+}
+
+// For sweeps besides the trainer's.
+SweepHooks hooks_of(distributed::Sharding& sharding) {
+  SweepHooks hooks;
+  hooks.before = [&](BackwardOptions& backward) { sharding.attach(backward); };
+  hooks.after = [&] { sharding.finish(); };
+  hooks.zero_gradients = [&] { sharding.zero_gradients(); };
+  hooks.digest = [&] {
+    Digest digest;
+    for (const Parameter* p : sharding.parameters()) {
+      if (const Tensor gradient = sharding.gathered_gradient(*p); gradient.defined()) {
+        digest.add(p->name(), gradient);
+      }
+    }
+    return digest.text();
+  };
+  return hooks;
 }
 
 // What a rank draws from: one generator a shard, or its own.
@@ -121,14 +159,20 @@ void learn(Trainer& trainer, const ByteData& data, const DemoOptions& options,
              static_cast<double>(tokens) / elapsed_s(start));
 }
 
-absl::Status write_gradients(const std::vector<Parameter*>& parameters, const std::string& path) {
+absl::Status write_gradients(const std::vector<Parameter*>& parameters,
+                             const distributed::Sharding* sharding, const std::string& path,
+                             bool writes) {
   std::vector<nn::NamedTensor> tensors;
   for (const Parameter* p : parameters) {
-    if (p->has_gradient()) {
+    if (sharding != nullptr) {
+      if (Tensor gradient = sharding->gathered_gradient(*p); gradient.defined() && writes) {
+        tensors.push_back({p->name(), std::move(gradient)});
+      }
+    } else if (p->has_gradient()) {
       tensors.push_back({p->name(), p->gradient()});
     }
   }
-  return nn::write_safetensors(path, tensors);
+  return writes ? nn::write_safetensors(path, tensors) : absl::OkStatus();
 }
 
 void print_head(nn::LanguageModel& model, std::string_view text, const ByteData& data,
@@ -138,12 +182,12 @@ void print_head(nn::LanguageModel& model, std::string_view text, const ByteData&
     count += p->value().numel();
   }
   fmt::print(
-      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} rank{} of {} thread{}, "
-      "policy "
-      "{}.\n",
+      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} rank{} of {} thread{}{}, "
+      "policy {}.\n",
       static_cast<double>(count) / 1e6, human_bytes(static_cast<std::int64_t>(text.size())),
       human_bytes(data.train_bytes()), ranks.size(), ranks.size() == 1 ? "" : "s", threads(),
-      threads() == 1 ? "" : "s", options.policy);
+      threads() == 1 ? "" : "s",
+      options.stage == 0 ? "" : fmt::format(", sharding stage {}", options.stage), options.policy);
 }
 
 }  // namespace
@@ -166,6 +210,10 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
         "--shards must divide the batch of {} and be a multiple of the {} rank{}, got {}", kBatch,
         ranks, ranks == 1 ? "" : "s", options.shards));
   }
+  if (options.shards != 0 && options.stage != 0) {
+    return absl::InvalidArgumentError(
+        "--shards and --stage are for one of them at a time: the table sweeps once a step");
+  }
   const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
 }
@@ -181,6 +229,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
       {"bytes of text", std::to_string(text->size())},
       {"hash of the text", std::to_string(distributed::Hash().add(*text).value())},
       {"shards", std::to_string(options.shards)},
+      {"stage", std::to_string(options.stage)},
       {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
   require_same(ranks, settings, "the start of the demo");
   const ByteData data(*text, kBatch / std::max(ranks.size(), options.shards), kTokens);
@@ -188,7 +237,13 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
   const auto meta_model = demo_model(meta);
   Generator generator{options.seed, 0};
   model->initialize(generator);
-  Trainer trainer(*model, generator, {{}, 1.0, Policies::named(options.policy)});
+  std::optional<distributed::Sharding> cut;
+  if (options.stage > 0) {
+    cut.emplace(ranks, model->parameters(), reads_of(*meta_model, data),
+                distributed::ShardingOptions{.stage = options.stage});
+  }
+  distributed::Sharding* const sharding = cut ? &*cut : nullptr;
+  Trainer trainer(*model, generator, {{}, 1.0, Policies::named(options.policy)}, sharding);
   std::optional<distributed::Reducer> reducer;
   auto reduce = [&](int shards) {
     reducer.emplace(ranks, trainer.parameters(), distributed::ReducerOptions{.shards = shards});
@@ -199,21 +254,23 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     };
     trainer.hooks.after_accumulation = [&] { reducer->finish_accumulation(); };
   };
-  if (ranks.size() > 1 || options.shards > 0) {
+  if (sharding == nullptr && (ranks.size() > 1 || options.shards > 0)) {
     reduce(options.shards);
-    if (ranks.rank() != 0) {
-      trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
-    }
   }
   const bool prints = ranks.rank() == 0;
+  if (!prints) {
+    trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};  // rank 0 says it
+  }
   if (!options.gradients_out.empty()) {
     trainer.forward_backward(Shards(options, ranks).draw(data), 1);
-    return prints ? write_gradients(trainer.parameters(), options.gradients_out) : absl::OkStatus();
+    return write_gradients(trainer.parameters(), sharding, options.gradients_out, prints);
   }
   const double before = validation_loss(trainer, data);
   if (prints) {
     print_head(*model, *text, data, options, ranks);
-    print_sample(*model, "before training", options.seed);
+  }
+  print_sample(*model, "before training", options.seed, prints, sharding);
+  if (prints) {
     fmt::print("Validation loss before: {:.4f} (a byte chosen blindly: {:.4f})\n", before,
                std::log(static_cast<double>(kByteVocabulary)));
     std::fflush(stdout);
@@ -229,14 +286,16 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
   const double after = validation_loss(trainer, data);
   if (prints) {
     fmt::print("Validation loss after: {:.4f}\n", after);
-    print_sample(*model, "after training", options.seed);
+  }
+  print_sample(*model, "after training", options.seed, prints, sharding);
+  if (prints) {
     fmt::print("The same step under each policy, {} rank{} x {} x {} tokens:\n\n", ranks.size(),
                ranks.size() == 1 ? "" : "s", data.batch(), kTokens);
     std::fflush(stdout);
   }
   model->evaluate();
-  const auto rows =
-      policy_table(*model, *meta_model, data.validation(ranks.rank()), 3, trainer.hooks);
+  const auto rows = policy_table(*model, *meta_model, data.validation(ranks.rank()), 3,
+                                 sharding != nullptr ? hooks_of(*sharding) : trainer.hooks);
   if (prints) {
     fmt::print("{}\n", to_string(rows));
   }

@@ -22,6 +22,7 @@ struct DemoOptions {
   double learning_rate = 1e-3;         // the highest, after the warmup
   std::uint64_t seed = 1;
   int shards = 0;  // of the batch, each its own sweep: every number of ranks gives the same bits
+  int stage = 0;   // of sharding over the ranks (distributed/sharding.h); 0: none
   bool quiet = false;  // no progress line
 };
 

@@ -116,7 +116,9 @@ std::vector<MemoryRow> measure_rank(Subject& subject, const DryRunOptions& optio
     const distributed::ForwardReads reads =
         distributed::record_reads(parameters, [&] { (void)model.loss(subject.batch); });
     sharding.emplace(*world, parameters, reads,
-                     distributed::ShardingOptions{.stage = options.stage});
+                     distributed::ShardingOptions{
+                         .stage = options.stage,
+                         .gather_again = static_cast<std::size_t>(options.gather_again)});
   } else {
     reducer.emplace(*world, model.trainable_parameters());
   }
@@ -202,7 +204,9 @@ std::string to_text(const MemoryTable& table) {
       o.ranks == 1 && o.stage == 0
           ? ""
           : fmt::format("; a rank of {}, {}", o.ranks,
-                        o.stage == 0 ? "not sharded" : fmt::format("sharding stage {}", o.stage));
+                        o.stage == 0 ? "not sharded" : fmt::format("sharding stage {}", o.stage)) +
+                (o.gather_again == 0 ? ""
+                                     : fmt::format(", gathering again after {}", o.gather_again));
   std::string text =
       fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW{}\n\n", table.model,
                   table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens, job);

@@ -22,6 +22,7 @@ struct DryRunOptions {
   DType dtype = DType::bf16;
   int ranks = 1;  // of a job; the bytes are those of its first rank, which has the most
   int stage = 0;  // of sharding over them (distributed/sharding.h); 0: none
+  std::int64_t gather_again = 0;  // ShardingOptions::gather_again
 };
 
 struct MemoryRow {

@@ -58,7 +58,7 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
     zero_gradients(meta_model);
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
-      zero_gradients(model);
+      hooks.zero_gradients ? hooks.zero_gradients() : zero_gradients(model);
       const auto start = std::chrono::steady_clock::now();
       BackwardOptions options;
       if (hooks.before) {
@@ -77,10 +77,10 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
     }
     std::ranges::sort(times);
     row.step_ms = times[times.size() / 2];
-    row.digest = gradient_digest(model.parameters());
+    row.digest = hooks.digest ? hooks.digest() : gradient_digest(model.parameters());
     rows.push_back(std::move(row));
   }
-  zero_gradients(model);
+  hooks.zero_gradients ? hooks.zero_gradients() : zero_gradients(model);
   return rows;
 }
 

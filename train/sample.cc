@@ -34,7 +34,8 @@ std::int64_t draw(const float* logits, std::int64_t count, double temperature,
 }  // namespace
 
 std::string sample_text(nn::LanguageModel& model, std::string_view prompt, std::int64_t count,
-                        std::int64_t window, double temperature, Generator& generator) {
+                        std::int64_t window, double temperature, Generator& generator,
+                        const std::function<void()>& after_forward) {
   if (prompt.empty()) {
     fail("sample", "the prompt must have at least one byte");
   }
@@ -48,6 +49,9 @@ std::string sample_text(nn::LanguageModel& model, std::string_view prompt, std::
     nn::Batch batch;
     batch.ids = Tensor::from(ids, {1, length});
     const Tensor logits = model.logits(batch).tensor().contiguous();  // [1, T, V]
+    if (after_forward) {
+      after_forward();
+    }
     const std::int64_t vocabulary = logits.shape().back();
     text += static_cast<char>(
         draw(logits.data<float>() + (length - 1) * vocabulary, vocabulary, temperature, generator));

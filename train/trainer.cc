@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "core/progress.h"
+#include "distributed/sharded_state.h"
 #include "nn/optimizer/clip.h"
 
 namespace reprise::train {
@@ -149,25 +150,38 @@ double Trainer::evaluate(const nn::Batch& batch) {
   const PhaseScope phase(Phase::evaluation);
   model_.evaluate();
   const double loss = model_.loss(batch).tensor().item<float>();
-  if (sharding_ != nullptr) {
-    sharding_->end_forward();
-  }
   if (!std::isfinite(loss)) {
     Tape::Scope scope(tape_, options_.policies);
     explain_non_finite(batch, generator_.next_offset, loss,
                        fmt::format("in evaluation after {} steps", steps_));
   }
+  if (sharding_ != nullptr) {
+    sharding_->end_forward();
+  }
   model_.train(generator_);
   return loss;
+}
+
+absl::Status Trainer::save(const std::string& folder, distributed::Communicator& ranks) {
+  const PhaseScope phase(Phase::saving);
+  return distributed::save_state(folder, optimizer_, sharding_, ranks,
+                                 {steps_, generator_.next_offset});
+}
+
+absl::Status Trainer::resume(const std::string& folder, distributed::Communicator& ranks) {
+  const absl::StatusOr<distributed::RunPosition> position =
+      distributed::load_state(folder, optimizer_, sharding_, ranks);
+  if (position.ok()) {
+    steps_ = position->steps;
+    generator_.next_offset = position->random_offset;
+  }
+  return position.status();
 }
 
 // The same forward again, same random numbers, looking at every op's output.
 void Trainer::explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset, double loss,
                                  std::string_view when) {
-  if (sharding_ != nullptr && sharding_->stage() == 3) {
-    // The other ranks, whose losses may be finite, would have to gather the values with this one.
-    throw Diverged(fmt::format("[train] the loss is {} {}", loss, when));
-  }
+  // At stage 3 the values are gathered once more, by the ranks that wait for this one in backward.
   const std::uint64_t offset = std::exchange(generator_.next_offset, first_offset);
   tape_.check_finite(true);
   std::string first = "none when run again";

@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "autograd/tape.h"
 #include "core/error.h"
 #include "core/philox.h"
@@ -35,6 +37,9 @@ struct SweepHooks {
   // Instead of these around a micro-batch that is not the last of its step.
   std::function<void(BackwardOptions&)> before_accumulation;
   std::function<void()> after_accumulation;
+  // Of the policy table, where gradients are cut: makes them absent; a digest of the whole ones.
+  std::function<void()> zero_gradients;
+  std::function<std::string()> digest;
   // Once, with the trainable parameters that the loss does not reach; empty: a line to standard
   // error.
   std::function<void(const std::vector<Parameter*>&)> unreached;
@@ -63,6 +68,12 @@ class Trainer {
   double forward_backward(std::span<const nn::Batch> micro_batches, double scale);
   // Loss without gradients, in evaluation mode. Throws Diverged.
   double evaluate(const nn::Batch& batch);
+
+  // What is trained, the optimizer's state, the step and dropout's place in its random numbers, in
+  // a folder (distributed/sharded_state.h). A run that goes on from there, on any number of ranks,
+  // does what one would that was not interrupted. Collectives.
+  absl::Status save(const std::string& folder, distributed::Communicator& ranks);
+  absl::Status resume(const std::string& folder, distributed::Communicator& ranks);
 
   std::int64_t steps() const { return steps_; }
   const std::vector<Parameter*>& parameters() const { return parameters_; }

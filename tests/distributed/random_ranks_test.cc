@@ -72,6 +72,38 @@ TEST(RandomRanks, EveryRankHasTheGradientsOfOneProcess) {
   }
 }
 
+// Each stage of sharding, with what the reducer has: branches by rank, other numbers of
+// micro-batches, data that runs out, means by tokens, shards of the batch, early updates.
+TEST(RandomRanks, ShardedRunsHaveTheBitsOfOneProcess) {
+  std::vector<int> by_stage(4), uneven(4), sharded_batches(4), early(4), tokens(4);
+  for (int i = 1; i <= count_of_programs(); ++i) {
+    const int stage = 1 + i % 3;
+    const RankProgram program = sharded(draw_program(static_cast<std::uint64_t>(i) + 20000), stage,
+                                        i % 4 == 0 ? 1 + static_cast<std::size_t>(i) % 3 : 0);
+    if (program.steps == 0) {
+      continue;
+    }
+    SCOPED_TRACE(program.text());
+    const std::vector<StepResult> expected = expected_of(program);
+    std::vector<std::vector<StepResult>> results;
+    ASSERT_NO_THROW(results = run(program));
+    for (const std::vector<StepResult>& rank : results) {
+      ASSERT_EQ(difference(rank, expected), "");
+    }
+    const auto s = static_cast<std::size_t>(stage);
+    ++by_stage[s];
+    uneven[s] += program.live(program.steps - 1) < program.ranks;
+    sharded_batches[s] += program.options.shards > 0;
+    early[s] += program.early;
+    tokens[s] += program.options.mean == distributed::Mean::tokens;
+  }
+  for (std::size_t stage = 1; stage <= 3; ++stage) {
+    for (const auto* counts : {&by_stage, &uneven, &sharded_batches, &early, &tokens}) {
+      EXPECT_GT((*counts)[stage], count_of_programs() / 60);
+    }
+  }
+}
+
 // The same shards on other numbers of ranks: the same bits.
 TEST(RandomRanks, ShardsGiveOneResultForEveryNumberOfRanks) {
   int compared = 0;

@@ -10,6 +10,7 @@
 
 #include "core/philox.h"
 #include "distributed/rank_tree.h"
+#include "distributed/sharding.h"
 #include "tests/autograd/toy_ops.h"
 
 namespace reprise::testing {
@@ -213,10 +214,11 @@ std::string RankProgram::text() const {
   return fmt::format(
       "seed {}: {} ranks, {} parameters of {}, {} blocks, micro-batches {}shards {}, buckets {} "
       "{}, "
-      "mean {}, live {}, zero {}, early {}, thaw at {}",
+      "mean {}, live {}, zero {}, early {}, thaw at {}, stage {}, again {}",
       seed, ranks, frozen.size(), width, blocks.size(), micro, options.shards,
       options.buckets.first_bucket_bytes, options.buckets.bucket_bytes,
-      static_cast<int>(options.mean), options.divide_by_live, zero, early, thaw_step);
+      static_cast<int>(options.mean), options.divide_by_live, zero, early, thaw_step, stage,
+      gather_again);
 }
 
 RankProgram draw_program(std::uint64_t seed) {
@@ -283,16 +285,90 @@ RankProgram draw_program(std::uint64_t seed) {
   return program;
 }
 
+RankProgram sharded(RankProgram program, int stage, std::size_t gather_again) {
+  program.stage = stage;
+  program.gather_again = gather_again;
+  program.thaw_step = -1;
+  program.zero = true;
+  return program;
+}
+
+namespace {
+
+// A rank's reducer, or its sharding.
+class Engine {
+ public:
+  Engine(const RankProgram& program, Model& model, distributed::Communicator& ranks)
+      : program_(program), model_(model) {
+    if (program.stage == 0) {
+      reducer_.emplace(ranks, model.parameters, program.options);
+    } else {
+      const auto reads =
+          distributed::record_reads(model.parameters, [&] { (void)model.loss(0, 0); });
+      sharding_.emplace(
+          ranks, model.parameters, reads,
+          distributed::ShardingOptions{program.stage, program.options, program.gather_again});
+    }
+    if (program.early) {
+      reducer_ ? reducer_->update_early(Model::update) : sharding_->update_early(Model::update);
+    }
+  }
+  void zero() { reducer_ ? model_.zero() : sharding_->zero_gradients(); }
+  void add_tokens(std::int64_t n) { reducer_ ? reducer_->add_tokens(n) : sharding_->add_tokens(n); }
+  void sweep(const Variable& loss, bool last) {
+    if (reducer_) {
+      last ? reducer_->backward(loss) : reducer_->accumulate(loss);
+    } else {
+      last ? sharding_->backward(loss) : sharding_->accumulate(loss);
+    }
+  }
+  bool join() { return reducer_ ? reducer_->join() : sharding_->join(); }
+  StepResult update() {
+    StepResult result;
+    result.gradients = gradients();
+    if (!program_.early) {
+      Model::update(reducer_ ? std::span<Parameter* const>(model_.parameters)
+                             : sharding_->shards());
+    }
+    if (reducer_) {
+      result.parameters = model_.values();
+      return result;
+    }
+    sharding_->updated();
+    for (const Parameter* p : model_.parameters) {
+      result.parameters.push_back(sharding_->gathered(*p).to_vector<float>());
+    }
+    return result;
+  }
+
+ private:
+  Values gradients() {
+    if (reducer_) {
+      return model_.gradients();
+    }
+    Values all;
+    for (const Parameter* p : model_.parameters) {
+      const Tensor gradient = sharding_->gathered_gradient(*p);
+      all.push_back(gradient.defined() ? gradient.to_vector<float>() : std::vector<float>());
+    }
+    return all;
+  }
+
+  const RankProgram& program_;
+  Model& model_;
+  std::optional<Reducer> reducer_;
+  std::optional<distributed::Sharding> sharding_;
+};
+
+}  // namespace
+
 std::vector<StepResult> run_rank(const RankProgram& program,
                                  distributed::Communicator& communicator) {
   const int rank = communicator.rank();
   const auto& mine = program.micro_batches[static_cast<std::size_t>(rank)];
   Model model(program);
   model.set_step(0);
-  Reducer reducer(communicator, model.parameters, program.options);
-  if (program.early) {
-    reducer.update_early(Model::update);
-  }
+  Engine engine(program, model, communicator);
   Policies policies;
   policies.set("*", program.drop ? keep_inputs() : keep_all());
   Tape tape;
@@ -300,7 +376,7 @@ std::vector<StepResult> run_rank(const RankProgram& program,
   for (int step = 0;; ++step) {
     model.set_step(std::min(step, program.steps - 1));
     if (program.zero) {
-      model.zero();
+      engine.zero();
     }
     const int micros = step < program.steps ? mine[static_cast<std::size_t>(step)] : 0;
     for (int m = 0; m < micros; ++m) {
@@ -308,20 +384,15 @@ std::vector<StepResult> run_rank(const RankProgram& program,
       const std::uint64_t source = program.source(rank, m);
       const Variable loss = model.loss(source, step);
       if (program.options.mean == Mean::tokens) {
-        reducer.add_tokens(program.tokens(source, step));
+        engine.add_tokens(program.tokens(source, step));
       }
-      m + 1 < micros ? reducer.accumulate(loss) : reducer.backward(loss);
+      engine.sweep(loss, m + 1 == micros);
     }
     // With shards nobody runs out: all stop together.
-    if (micros == 0 && (program.options.shards > 0 || !reducer.join())) {
+    if (micros == 0 && (program.options.shards > 0 || !engine.join())) {
       return results;
     }
-    StepResult& result = results.emplace_back();
-    result.gradients = model.gradients();
-    if (!program.early) {
-      Model::update(model.parameters);
-    }
-    result.parameters = model.values();
+    results.push_back(engine.update());
   }
 }
 

@@ -38,9 +38,11 @@ struct RankProgram {
   bool segment_around_all = false;
   std::vector<std::vector<int>> micro_batches;  // [rank][step]; 0: the rank has run out
   distributed::ReducerOptions options;
-  bool zero = true;          // gradients before each step
-  bool early = false;        // parameters are updated as their buckets arrive
-  bool drop = true;          // segments keep nothing but their inputs
+  bool zero = true;    // gradients before each step
+  bool early = false;  // parameters are updated as their buckets arrive
+  bool drop = true;    // segments keep nothing but their inputs
+  int stage = 0;       // of sharding; 0: a reducer
+  std::size_t gather_again = 0;
   std::string text() const;  // for a message
 
   bool trainable(std::size_t parameter, int step) const;
@@ -56,6 +58,9 @@ using Values = std::vector<std::vector<float>>;  // by parameter; empty: absent
 struct StepResult {
   Values gradients, parameters;  // after the reduction; after the update
 };
+
+// Sharded: without what sharding does not have.
+RankProgram sharded(RankProgram program, int stage, std::size_t gather_again);
 
 // What rank communicator.rank() of the program sees, step by step.
 std::vector<StepResult> run_rank(const RankProgram& program,

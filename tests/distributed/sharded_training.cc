@@ -31,10 +31,11 @@ class Trained {
   Trained(Communicator& ranks, const ShardedRun& run, nn::Model& model)
       : model_(model), trainable_(model.trainable_parameters()) {
     if (run.stage == 0) {
-      reducer_ = std::make_unique<Reducer>(ranks, trainable_);
+      reducer_ = std::make_unique<Reducer>(ranks, trainable_, run.reduction);
     } else {
-      sharding_ = std::make_unique<Sharding>(ranks, model.parameters(), reads_of(run),
-                                             distributed::ShardingOptions{.stage = run.stage});
+      sharding_ = std::make_unique<Sharding>(
+          ranks, model.parameters(), reads_of(run),
+          distributed::ShardingOptions{run.stage, run.reduction, run.gather_again});
     }
     if (run.stage != 0 && !run.folder.empty()) {
       const absl::Status loaded = distributed::load_sharded(run.folder, model, *sharding_, ranks);
@@ -43,6 +44,13 @@ class Trained {
     optimizer_ = std::make_unique<nn::AdamW>(
         run.stage == 0 ? trainable_ : sharding_->shards(),
         nn::AdamWOptions{.weight_decay = 0.01, .master_weights = run.master_weights});
+    early_ = run.early;
+    if (early_) {
+      const auto update = [this](std::span<Parameter* const> some) {
+        optimizer_->step_some(some, 1e-2);
+      };
+      reducer_ != nullptr ? reducer_->update_early(update) : sharding_->update_early(update);
+    }
   }
 
   void zero() {
@@ -59,7 +67,17 @@ class Trained {
       last ? reducer_->backward(loss) : reducer_->accumulate(loss);
     }
   }
+  void add_tokens(std::int64_t n) {
+    sharding_ != nullptr ? sharding_->add_tokens(n) : reducer_->add_tokens(n);
+  }
+  bool join() { return sharding_ != nullptr ? sharding_->join() : reducer_->join(); }
   double step() {
+    if (early_) {
+      if (sharding_ != nullptr) {
+        sharding_->updated();
+      }
+      return 0;
+    }
     const double norm =
         sharding_ != nullptr ? sharding_->global_norm() : nn::global_norm(trainable_);
     optimizer_->step(1e-2, nn::clip_coefficient(norm, 0.5));
@@ -84,6 +102,7 @@ class Trained {
   std::unique_ptr<Reducer> reducer_;
   std::unique_ptr<Sharding> sharding_;
   std::unique_ptr<nn::AdamW> optimizer_;
+  bool early_ = false;
 };
 
 }  // namespace
@@ -151,15 +170,27 @@ ShardedResult train(Communicator& ranks, const ShardedRun& run) {
   const auto model = sharded_model(run, cpu);
   Trained trained(ranks, run, *model);
   ShardedResult result;
+  const auto rank = static_cast<std::size_t>(ranks.rank());
+  const int micro_batches =
+      run.reduction.shards > 0 ? run.reduction.shards / ranks.size() : run.micro_batches;
   for (int step = 0; step < run.steps; ++step) {
     trained.zero();
     double sum = 0;
-    for (int m = 0; m < run.micro_batches; ++m) {
+    const bool has_data = run.data_of.empty() || step < run.data_of[rank];
+    for (int m = 0; has_data && m < micro_batches; ++m) {
       Tape tape;
       const Tape::Scope scope(tape, Policies::named(run.policy));
-      const Variable loss = loss_of(run, *model, sharded_batch(ranks.rank(), step, m));
+      const int source = run.reduction.shards > 0 ? ranks.rank() * micro_batches + m : ranks.rank();
+      const Variable loss =
+          loss_of(run, *model, sharded_batch(source, step, run.reduction.shards > 0 ? 0 : m));
       sum += static_cast<double>(loss.tensor().item<float>());
-      trained.sweep(loss, m + 1 == run.micro_batches);
+      if (run.reduction.mean == distributed::Mean::tokens) {
+        trained.add_tokens(2 + source + m);
+      }
+      trained.sweep(loss, m + 1 == micro_batches);
+    }
+    if (!has_data && !trained.join()) {
+      break;
     }
     result.losses.push_back(sum);
     result.norms.push_back(trained.step());

@@ -22,6 +22,10 @@ struct ShardedRun {
   std::int64_t lora_rank = 0;
   DType dtype = DType::f32, grad_dtype = DType::f32;
   bool master_weights = false;
+  distributed::ReducerOptions reduction = {};  // with shards, they are the micro-batches
+  std::size_t gather_again = 0;
+  bool early = false;             // updates as gradients arrive, without a clip
+  std::vector<int> data_of = {};  // steps for which a rank has data; empty: all have it for all
   // Instead of the model's loss: for other forwards over it.
   std::function<Variable(nn::Model&, const nn::Batch&)> loss = {};
   // Where the model comes from, instead of `config` and random values, and where it goes at the

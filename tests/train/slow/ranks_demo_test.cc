@@ -73,6 +73,34 @@ TEST(RanksDemo, ShardsGiveTheSameGradientsOnEveryNumberOfRanks) {
       << outcome.text;
 }
 
+// Sharding in stages: the gradients of the unsharded job.
+TEST(RanksDemo, EveryStageOfShardingHasTheGradientsOfNone) {
+  const Folder folder;
+  for (const std::string stage : {"0", "2", "3"}) {
+    const Outcome outcome = run_program("--ranks 2 demo --quiet --stage " + stage +
+                                        " --gradients-out " + folder.at(stage));
+    ASSERT_EQ(outcome.code, 0) << outcome.text;
+  }
+  for (const char* stage : {"2", "3"}) {
+    EXPECT_TRUE(testing::contents(folder.at("0")) == testing::contents(folder.at(stage))) << stage;
+  }
+  const Outcome outcome = run_program("--ranks 2 demo --stage 2 --shards 4");
+  EXPECT_NE(outcome.code, 0);
+  EXPECT_NE(outcome.text.find("--shards and --stage are for one of them at a time"),
+            std::string::npos)
+      << outcome.text;
+}
+
+// Values that are cut: samples, validation and the table take all ranks.
+TEST(RanksDemo, StageThreeLearnsAndItsPoliciesAgree) {
+  const Outcome outcome = run_program("--ranks 2 demo --stage 3 --quiet --seconds 0.1");
+  ASSERT_EQ(outcome.code, 0) << outcome.text;
+  EXPECT_EQ(count(outcome.text, "2 ranks of "), 1) << outcome.text;
+  EXPECT_EQ(count(outcome.text, "sharding stage 3"), 1);
+  EXPECT_EQ(count(outcome.text, "Sampled text"), 2);
+  EXPECT_EQ(count(outcome.text, "All gradients are bitwise equal under every policy."), 1);
+}
+
 TEST(RanksDemo, ALossThatIsNotFiniteEndsEveryRank) {
   const Outcome outcome = run_program("--ranks 2 demo --quiet --seconds 60 --learning-rate 1e60");
   EXPECT_EQ(outcome.code, 86) << outcome.text;  // the watchdog's: a rank failed
