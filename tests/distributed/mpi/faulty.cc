@@ -155,7 +155,7 @@ int work(const train::World& place, const std::string& fault, bool culprit) {
   job.at("start");
   distributed::ConnectOptions options;
   options.limit = place.watchdog.value_or(kLimit);
-  options.start_limit = std::chrono::seconds(fault.ends_with("@start") ? 5 : 60);
+  options.start_limit = std::chrono::seconds(fault.ends_with("@start") ? 8 : 60);
   if (job.differs("version")) {
     options.version = "Reprise 9.9.9";
   }
@@ -188,7 +188,7 @@ int run(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", std::string(launch.status().message()).c_str());
     return 2;
   }
-  if (launch->ranks > 1) {
+  if (launch->only_watches()) {
     const absl::StatusOr<int> code = train::supervise(*launch);
     if (!code.ok()) {
       std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());
