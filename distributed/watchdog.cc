@@ -502,7 +502,8 @@ void Watchdog::execute(const std::string& why, bool issuer) {
 
 void Watchdog::kill(const Neighbour& neighbour) const {
   const char state = process_state(pids_[static_cast<std::size_t>(neighbour.rank)]);
-  if (run_file_ != nullptr && state != '\0' && state != 'Z') {
+  // One whose connection has ended ends by itself, though it may not be gone yet.
+  if (run_file_ != nullptr && (state == 'T' || plane_->connected(neighbour.rank))) {
     mark_killed(options_.run_folder, neighbour.rank);
   }
   neighbour.process.kill();

@@ -269,6 +269,7 @@ TEST(Faults, Throwing) {
   check(3, {"throw@replay", {failed("replay") + "exception in backward: device lost"}, 2});
   check(2, {"throw@optimizer", {failed("optimizer") + "device lost"}, 1, false});
   check(3, {"throw@save", {failed("saving") + "device lost"}, 0, false});
+  check(3, {"throwfile", {failed("saving") + "the disk is full"}});
   check(2, {"status", {": the disk is full"}});
   // Without run_rank: the text comes from the process that catches it.
   check(2, {"throw-through", {"rank 1 ends: device lost"}});
@@ -321,6 +322,17 @@ TEST(Faults, SlowIsOnlyAWarning) {
   EXPECT_NE(line.find(") is slow: rank "), std::string::npos) << line;
   EXPECT_TRUE(blamed(ended.text).empty());
   EXPECT_TRUE(ended.left.empty());
+}
+
+// Longer than the limit, twice.
+TEST(Faults, ASlowFileIsNoFault) {
+  const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "slowfile", "1"});
+  SCOPED_TRACE(ended.text);
+  EXPECT_EQ(ended.code, 0);
+  EXPECT_GT(ended.seconds, 8.8);
+  EXPECT_NE(ended.text.find(") is slow: rank 0 waits "), std::string::npos);
+  EXPECT_NE(ended.text.find("; it is in saving of step 3\n"), std::string::npos);
+  EXPECT_TRUE(blamed(ended.text).empty());
 }
 
 TEST(Faults, TheProgramWithAnotherSeed) {
