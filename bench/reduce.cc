@@ -411,7 +411,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error);
   }
-  if (launch->ranks > 1) {
+  if (launch->only_watches()) {
     const absl::StatusOr<int> code = train::supervise(*launch);
     if (!code.ok()) {
       fmt::print(stderr, "reduce: {}\n", std::string(code.status().message()));

@@ -1,9 +1,9 @@
 // What this process is doing, for whoever watches it from outside of its work: a process whose
 // counter stands still for too long, and which does not wait for others, hangs.
 //
-// Ops, their replays and backwards, chunks of parallel_for and tensors of weight files count. Work
-// of another kind that takes longer than a watchdog's limit (distributed/watchdog.h) calls
-// progress().tick() now and then.
+// Ops, their replays and backwards, chunks of parallel_for and pieces of files that are read or
+// written (nn/weights) count. Work of another kind that takes longer than a watchdog's limit
+// (distributed/watchdog.h) calls progress().tick() now and then.
 #pragma once
 
 #include <atomic>
@@ -15,6 +15,7 @@ namespace reprise {
 
 enum class Phase : std::uint8_t {
   starting,
+  loading,
   data,
   forward,
   backward,
@@ -26,8 +27,8 @@ enum class Phase : std::uint8_t {
 };
 
 constexpr std::string_view name(Phase phase) {
-  constexpr std::string_view names[] = {"start",     "data",   "forward",    "backward", "replay",
-                                        "optimizer", "saving", "evaluation", "end"};
+  constexpr std::string_view names[] = {"start",  "loading",   "data",   "forward",    "backward",
+                                        "replay", "optimizer", "saving", "evaluation", "end"};
   return names[static_cast<std::uint8_t>(phase)];
 }
 

@@ -429,7 +429,7 @@ class MpiCommunicator final : public Communicator {
     }
     const absl::Status status = connect_within_limit();
     if (!status.ok() && file != nullptr) {
-      file->write(RunFile::End::told);
+      file->write(RunFile::End::refused);
     }
     return status;
   }

@@ -127,7 +127,7 @@ std::optional<Verdict> Judge::verdict_on(int rank, Clock::time_point now,
   if (r.gone && now - r.heard_at > patience) {
     return Verdict{{rank}, named(rank) + " ended without finishing"};
   }
-  if (!r.gone && now - r.heard_at > limits_.silence + patience) {
+  if (!r.gone && is_silent(rank, now - patience)) {
     return Verdict{{rank}, silence_text(rank, now)};
   }
   return std::nullopt;
@@ -147,7 +147,7 @@ std::optional<Verdict> Judge::dead(Clock::time_point) const {
 
 std::string Judge::silence_text(int r, Clock::time_point now) const {
   const Rank& rank = ranks_[static_cast<std::size_t>(r)];
-  const char state = process_state ? process_state(r) : '\0';
+  const char state = state_of(r);
   const char* what = state == 'T'   ? "; its process is stopped (state T)"
                      : state == 'D' ? "; its process waits for a device (state D)"
                      : state == 't' ? "; its process is stopped by a debugger (state t)"
@@ -156,10 +156,26 @@ std::string Judge::silence_text(int r, Clock::time_point now) const {
                      seconds(now - rank.heard_at), doing(rank.state), what);
 }
 
+bool Judge::is_silent(int r, Clock::time_point now) const {
+  const Clock::duration silence = now - rank(r).heard_at;
+  if (silence <= limits_.silence) {
+    return false;
+  }
+  const char state = state_of(r);
+  const bool runs = state == 'R' || state == 'S' || state == 'D';
+  return silence > (runs ? 2 : 1) * limits_.silence;
+}
+
+// What a rank does not do any more can only be known of one that is heard: else it is on its way to
+// be silent, and that is what will be said.
+bool Judge::answers(const Rank& r, Clock::time_point now) const {
+  return now - r.heard_at <= limits_.silence / 2;
+}
+
 std::optional<Verdict> Judge::silent(Clock::time_point now) const {
   Verdict v;
   for (const Rank& r : ranks_) {
-    if (live(r) && now - r.heard_at > limits_.silence) {
+    if (live(r) && is_silent(r.state.rank, now)) {
       v.culprits.push_back(r.state.rank);
       v.text += (v.text.empty() ? "" : "; ") + silence_text(r.state.rank, now);
     }
@@ -169,7 +185,8 @@ std::optional<Verdict> Judge::silent(Clock::time_point now) const {
 
 std::optional<Verdict> Judge::stuck(Clock::time_point now) const {
   for (const Rank& r : ranks_) {
-    if (live(r) && r.state.waiting == 0 && now - r.progressed_at > limits_.limit) {
+    if (live(r) && r.state.waiting == 0 && answers(r, now) &&
+        now - r.progressed_at > limits_.limit) {
       return Verdict{{r.state.rank},
                      fmt::format("{} makes no progress for {:.1f} s in {}; {}", named(r.state.rank),
                                  seconds(now - r.progressed_at), doing(r.state),
@@ -190,7 +207,7 @@ std::optional<Verdict> Judge::locked(Clock::time_point now) const {
       continue;
     }
     const Clock::time_point since = std::max({r.moved_at, r.waiting_at, r.progressed_at});
-    if (r.state.waiting == 0 || now - since <= limits_.limit) {
+    if (r.state.waiting == 0 || !answers(r, now) || now - since <= limits_.limit) {
       return std::nullopt;
     }
     most = std::max(most, r.state.joined);

@@ -43,9 +43,12 @@ struct Verdict {
 class Judge {
  public:
   struct Limits {
-    std::chrono::milliseconds limit = std::chrono::seconds(30);    // of standing still
-    std::chrono::milliseconds silence = std::chrono::seconds(10);  // of not being heard
+    std::chrono::milliseconds limit = std::chrono::seconds(30);  // of standing still
+    // Of not being heard; twice as long for a process of this machine that is not stopped: it may
+    // wait for a core.
+    std::chrono::milliseconds silence = std::chrono::seconds(10);
   };
+
   struct Rank {
     RankState state;
     bool heard = false;   // since the start
@@ -95,6 +98,9 @@ class Judge {
   std::optional<Verdict> locked(Clock::time_point now) const;
   std::string named(int r) const;
   std::string silence_text(int r, Clock::time_point now) const;
+  char state_of(int r) const { return process_state ? process_state(r) : '\0'; }
+  bool is_silent(int r, Clock::time_point now) const;
+  bool answers(const Rank& r, Clock::time_point now) const;
 
   Limits limits_;
   std::vector<Rank> ranks_;

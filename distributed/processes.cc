@@ -3,6 +3,7 @@
 #include <charconv>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <string_view>
@@ -54,6 +55,27 @@ std::string read_file(const std::string& path) {
   return text;
 }
 
+struct Stat {
+  char state = 0;
+  pid_t parent = 0;
+  unsigned long long started = 0;
+};
+
+Stat read_stat(const std::string& folder) {
+  // "pid (name) state parent ...": the name may hold anything, but no later ')'. Field 22 is when
+  // it was started.
+  const std::string text = read_file(folder + "/stat");
+  const std::size_t end = text.rfind(')');
+  Stat stat;
+  if (end == std::string::npos ||
+      std::sscanf(text.c_str() + end + 1,
+                  " %c %d %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
+                  &stat.state, &stat.parent, &stat.started) != 3) {
+    return {};
+  }
+  return stat;
+}
+
 // What the launcher called the process; -1: nothing.
 int rank_of(const std::string& pid) {
   const std::string environment = '\0' + read_file("/proc/" + pid + "/environ");
@@ -71,31 +93,42 @@ int rank_of(const std::string& pid) {
 
 }  // namespace
 
+char process_state(pid_t pid) {
+  return read_stat(fmt::format("/proc/{}", pid)).state;
+}
+
+unsigned long long start_time(pid_t pid) {
+  return read_stat(fmt::format("/proc/{}", pid)).started;
+}
+
+pid_t parent_of(pid_t pid) {
+  return read_stat(fmt::format("/proc/{}", pid)).parent;
+}
+
+bool is_guarded() {
+  const char* text = std::getenv("REPRISE_GUARD");
+  return text != nullptr && std::strcmp(text, "rank") == 0;
+}
+
+pid_t launcher_pid() {
+  return is_guarded() ? parent_of(getppid()) : getppid();
+}
+
 std::string stopped_siblings() {
+  const pid_t launcher = launcher_pid();
   std::string text;
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
     const std::string pid = entry.path().filename().string();
-    const std::string stat = read_file(entry.path().string() + "/stat");
-    const std::size_t end = stat.rfind(')');
-    char state = 0;
-    pid_t parent = 0;
-    if (end == std::string::npos ||
-        std::sscanf(stat.c_str() + end + 1, " %c %d", &state, &parent) != 2 ||
-        parent != getppid() || state != 'T') {
+    const Stat stat = read_stat(entry.path().string());
+    const pid_t parent = is_guarded() ? parent_of(stat.parent) : stat.parent;
+    if (stat.state != 'T' || parent != launcher) {
       continue;
     }
     text +=
         fmt::format("{}rank {} (pid {}) is stopped", text.empty() ? "" : ", ", rank_of(pid), pid);
   }
   return text.empty() ? "no rank of this machine is stopped; one has not come so far" : text;
-}
-
-char process_state(pid_t pid) {
-  // "pid (name) state ...": the name may hold anything.
-  const std::string stat = read_file(fmt::format("/proc/{}/stat", pid));
-  const std::size_t end = stat.rfind(')');
-  return end != std::string::npos && end + 2 < stat.size() ? stat[end + 2] : '\0';
 }
 
 void leave_reaper(const ProcessHandle& process, std::chrono::milliseconds patience) {

@@ -28,8 +28,17 @@ class ProcessHandle {
 // 'R', 'S', 'T', ... as in /proc; 0 when there is no such process.
 char process_state(pid_t pid);
 
-// Of the processes that have this one's parent, those that are stopped, with their ranks as the
-// launcher's variables say: "rank 1 (pid 12) is stopped"; or that nothing is known.
+// When it was started, in ticks since the machine was; 0 when there is no such process.
+unsigned long long start_time(pid_t pid);
+pid_t parent_of(pid_t pid);  // 0 when there is no such process
+
+// Whether this process is a rank whose parent only watches it (train/guard.h): then the launcher is
+// the parent's parent.
+bool is_guarded();
+pid_t launcher_pid();
+
+// Of the processes that this one's launcher started, those that are stopped, with their ranks as
+// the launcher's variables say: "rank 1 (pid 12) is stopped"; or that nothing is known.
 std::string stopped_siblings();
 
 // A process of its own that outlives this one and kills `process` unless it ends within `patience`;

@@ -137,7 +137,7 @@ absl::StatusOr<std::unique_ptr<Watchdog>> Watchdog::start(int rank, int size,
     return pid > 0 ? process_state(pid) : '\0';
   };
   if (dog->options_.reap_parent) {
-    dog->parent_ = ProcessHandle(getppid());
+    dog->parent_ = ProcessHandle(launcher_pid());
   }
   if (!dog->options_.run_folder.empty()) {
     dog->run_file_ = RunFile::open(dog->options_.run_folder, rank, place_of(mine));
@@ -269,6 +269,10 @@ void Watchdog::fail(Failure failure, const std::string& why) {
       return;
     }
     judge_.fail(rank_, failure, why, Clock::now());
+    if (run_file_ != nullptr && failure != Failure::suspected) {
+      tell();
+      run_file_->write(RunFile::End::failed, why);
+    }
     told = message(Message::Kind::failed);
     told.failure = failure;
     copy_text(told.text, why);
@@ -413,7 +417,7 @@ void Watchdog::handle(const ControlPlane::Event& event, Clock::time_point now) {
       const pid_t pid = pids_[static_cast<std::size_t>(neighbour.rank)];
       if (std::ranges::find(told->culprits, neighbour.rank) != told->culprits.end() &&
           options_.end == nullptr && process_state(pid) == 'T') {
-        neighbour.process.kill();
+        kill(neighbour);
       }
     }
     execute(told->text, false);
@@ -491,9 +495,18 @@ void Watchdog::execute(const std::string& why, bool issuer) {
     plane_->receive(milliseconds(20), {});
   }
   for (const Neighbour& neighbour : neighbours_) {
-    neighbour.process.kill();
+    kill(neighbour);
   }
   end_process();
+}
+
+void Watchdog::kill(const Neighbour& neighbour) const {
+  const char state = process_state(pids_[static_cast<std::size_t>(neighbour.rank)]);
+  // One whose connection has ended ends by itself, though it may not be gone yet.
+  if (run_file_ != nullptr && (state == 'T' || plane_->connected(neighbour.rank))) {
+    mark_killed(options_.run_folder, neighbour.rank);
+  }
+  neighbour.process.kill();
 }
 
 void Watchdog::end_process() {

@@ -106,6 +106,7 @@ class Watchdog {
   void take_signal();
   void end_by_signal(Clock::time_point now);
   void execute(const std::string& why, bool issuer);
+  void kill(const Neighbour& neighbour) const;
   [[noreturn]] void end_process();
   RankState compose() const;
   Message message(Message::Kind kind) const;

@@ -328,6 +328,10 @@ int run_command_line(int argc, char** argv) {
   if (!launch.ok()) {
     return report(launch.status());
   }
+  if (launch->guarded_by) {
+    const absl::StatusOr<int> code = supervise(*launch);
+    return code.ok() ? *code : report(code.status());
+  }
   Invocation asked = parse(launch->arguments);
   if (asked.exit_code) {
     return *asked.exit_code;

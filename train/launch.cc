@@ -2,14 +2,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <sstream>
 #include <utility>
 
@@ -17,16 +13,10 @@
 #include <sched.h>
 #include <sys/prctl.h>
 #include <sys/types.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
-
-#include "distributed/run_folder.h"
 
 namespace reprise::train {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 std::optional<int> number(std::string_view text) {
   int value = 0;
@@ -106,167 +96,6 @@ std::string family(const std::string& text) {
   }
   return "another MPI";
 }
-
-[[noreturn]] void become_mpirun(const std::string& mpirun, const std::string& self,
-                                const Launch& launch, const std::string& run_folder,
-                                const sigset_t& mask, pid_t parent) {
-  // mpirun ends its job when it gets TERM, so that the job ends when the supervisor is killed.
-  prctl(PR_SET_PDEATHSIG, SIGTERM);
-  if (getppid() != parent) {
-    _exit(1);
-  }
-  sigprocmask(SIG_SETMASK, &mask, nullptr);
-  if (!run_folder.empty()) {
-    setenv("REPRISE_RUN_DIR", run_folder.c_str(), 1);
-  }
-  if (launch.world.watchdog) {
-    const std::string text =
-        fmt::format("{}", std::chrono::duration<double>(*launch.world.watchdog).count());
-    setenv("REPRISE_WATCHDOG", text.c_str(), 1);
-  }
-  setenv("OMPI_MCA_rmaps_base_oversubscribe", "1", 1);
-  setenv("OMPI_MCA_hwloc_base_binding_policy", "none", 1);
-  setenv("OMPI_MCA_orte_execute_quiet", "1", 1);  // ranks say what is wrong, without a banner
-  if (geteuid() == 0) {
-    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
-    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
-  }
-  std::vector<std::string> words{mpirun,      "-n",   std::to_string(launch.ranks),
-                                 "--bind-to", "none", self};
-  words.insert(words.end(), launch.arguments.begin(), launch.arguments.end());
-  std::vector<char*> arguments;
-  for (std::string& word : words) {
-    arguments.push_back(word.data());
-  }
-  arguments.push_back(nullptr);
-  execv(mpirun.c_str(), arguments.data());
-  std::fprintf(stderr, "reprise: cannot run %s: %s\n", mpirun.c_str(), std::strerror(errno));
-  _exit(127);
-}
-
-// Processes whose parent is this one; those of a dead mpirun are adopted.
-std::vector<pid_t> children() {
-  std::vector<pid_t> result;
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
-    const std::optional<int> pid = number(entry.path().filename().string());
-    if (!pid) {
-      continue;
-    }
-    std::ifstream file(entry.path() / "stat");
-    std::string stat;
-    std::getline(file, stat);
-    // "pid (name) state ppid ...": the name may hold anything, but no later ')'.
-    const std::size_t name_end = stat.rfind(')');
-    if (name_end == std::string::npos) {
-      continue;
-    }
-    std::istringstream rest(stat.substr(name_end + 1));
-    char state = 0;
-    pid_t parent = 0;
-    rest >> state >> parent;
-    if (parent == getpid()) {
-      result.push_back(*pid);
-    }
-  }
-  return result;
-}
-
-// Where ranks of this machine leave their last state; in memory where the system has such a place.
-class RunFolder {
- public:
-  RunFolder() {
-    for (const char* place : {"/dev/shm/reprise-XXXXXX", "/tmp/reprise-XXXXXX"}) {
-      std::string name = place;
-      if (mkdtemp(name.data()) != nullptr) {
-        path_ = name;
-        return;
-      }
-    }
-  }
-  ~RunFolder() {
-    std::error_code error;
-    if (!path_.empty()) {
-      std::filesystem::remove_all(path_, error);
-    }
-  }
-  RunFolder(const RunFolder&) = delete;
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;  // empty: there is none
-};
-
-class Supervisor {
- public:
-  explicit Supervisor(pid_t mpirun) : mpirun_(mpirun) {}
-
-  int run(const sigset_t& signals) {
-    while (true) {
-      const bool left = reap();
-      if (!left) {
-        return exit_code();
-      }
-      const Clock::time_point now = Clock::now();
-      if (kill_mpirun_at_ && !status_ && now > *kill_mpirun_at_) {
-        kill(mpirun_, SIGKILL);
-      }
-      if (status_ && now > *kill_rest_at_) {
-        for (const pid_t pid : children()) {
-          kill(pid, SIGKILL);
-        }
-      }
-      const timespec wait{0, 100'000'000};
-      const int signal = sigtimedwait(&signals, nullptr, &wait);
-      if (signal == SIGINT || signal == SIGTERM) {
-        signal_ = signal;
-        if (!status_) {
-          kill(mpirun_, SIGTERM);
-        }
-        if (!kill_mpirun_at_) {
-          kill_mpirun_at_ = Clock::now() + std::chrono::seconds(5);
-        }
-      }
-    }
-  }
-
- private:
-  // Returns whether children are left.
-  bool reap() {
-    while (true) {
-      int status = 0;
-      const pid_t pid = waitpid(-1, &status, WNOHANG);
-      if (pid < 0) {
-        return false;
-      }
-      if (pid == 0) {
-        return true;
-      }
-      if (pid == mpirun_) {
-        status_ = status;
-        kill_rest_at_ = Clock::now() + std::chrono::milliseconds(1500);
-      }
-    }
-  }
-
-  int exit_code() const {
-    if (signal_ != 0) {
-      return 128 + signal_;
-    }
-    const int status = status_.value_or(1);
-    const int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-    if (code > 128) {  // what was killed could not say it
-      std::fprintf(stderr, "reprise: a rank was ended by signal %d (%s)\n", code - 128,
-                   strsignal(code - 128));
-    }
-    return code;
-  }
-
-  const pid_t mpirun_;
-  int signal_ = 0;
-  std::optional<int> status_;
-  std::optional<Clock::time_point> kill_mpirun_at_, kill_rest_at_;
-};
 
 }  // namespace
 
@@ -353,6 +182,14 @@ absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
     }
     launch.ranks = *ranks;
   }
+  const char* guard = environment("REPRISE_GUARD");
+  const char* folder = environment("REPRISE_RUN_DIR");
+  Guarded by;
+  if (guard != nullptr && folder != nullptr && !launch.world.launcher.empty() &&
+      std::sscanf(guard, "%d:%llu:%d", &by.launcher, &by.started, &by.mpirun) == 3) {
+    by.folder = folder;
+    launch.guarded_by = by;
+  }
   if (launch.ranks > 0 && !launch.world.launcher.empty()) {
     return absl::InvalidArgumentError(
         fmt::format("--ranks {} inside a launch: this is rank {} of {} under {} already; leave "
@@ -394,47 +231,6 @@ absl::StatusOr<std::string> find_mpirun() {
     return candidate;
   }
   return absl::NotFoundError("there is no mpirun in PATH: install openmpi-bin");
-}
-
-absl::StatusOr<int> supervise(const Launch& launch) {
-  absl::StatusOr<std::string> mpirun = find_mpirun();
-  if (!mpirun.ok()) {
-    return mpirun.status();
-  }
-  std::error_code error;
-  const std::string self = std::filesystem::read_symlink("/proc/self/exe", error).string();
-  if (error) {
-    return absl::ErrnoToStatus(error.value(), "/proc/self/exe");
-  }
-  const RunFolder folder;
-  prctl(PR_SET_CHILD_SUBREAPER, 1);
-  sigset_t signals, before;
-  sigemptyset(&signals);
-  for (const int signal : {SIGINT, SIGTERM, SIGCHLD}) {
-    sigaddset(&signals, signal);
-  }
-  sigprocmask(SIG_BLOCK, &signals, &before);
-  const pid_t parent = getpid();
-  const pid_t pid = fork();
-  if (pid == 0) {
-    become_mpirun(*mpirun, self, launch, folder.path(), before, parent);
-  }
-  if (pid < 0) {
-    const int code = errno;
-    sigprocmask(SIG_SETMASK, &before, nullptr);
-    return absl::ErrnoToStatus(code, "fork");
-  }
-  const int result = Supervisor(pid).run(signals);
-  sigprocmask(SIG_SETMASK, &before, nullptr);
-  const std::string unsaid = distributed::explain_run(folder.path(), launch.ranks);
-  if (result == 0 && distributed::verdict_was_said(folder.path(), launch.ranks)) {
-    return 1;  // MPICH's mpirun takes a rank that left with 0 for the end of the job
-  }
-  if (unsaid.empty() || result == 128 + SIGINT || result == 128 + SIGTERM) {
-    return result;
-  }
-  std::fprintf(stderr, "reprise: %s\n", unsaid.c_str());
-  return result == 0 ? 1 : result;
 }
 
 absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(

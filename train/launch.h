@@ -1,7 +1,7 @@
 // Ranks: which one this process is, and starting several.
 //
 //   absl::StatusOr<Launch> launch = plan_launch(argc, argv);       // takes `--ranks N` out
-//   if (launch->ranks > 1) return supervise(*launch);               // this process only watches
+//   if (launch->only_watches()) return supervise(*launch);          // no work in this process
 //   absl::StatusOr<std::unique_ptr<distributed::Communicator>> communicator =
 //   connect(launch->world);
 #pragma once
@@ -17,6 +17,7 @@
 #include <absl/status/statusor.h>
 
 #include "distributed/communicator.h"
+#include "train/guard.h"
 
 namespace reprise::train {
 
@@ -41,6 +42,11 @@ struct Launch {
   World world;
   int ranks = 0;                       // asked for by --ranks; 0 and 1: no others to start
   std::vector<std::string> arguments;  // as given, without the program and without --ranks
+
+  // In a process that --ranks started to watch over one rank, which it is to start.
+  std::optional<Guarded> guarded_by;
+
+  bool only_watches() const { return ranks > 1 || guarded_by; }
 };
 
 // Takes `--ranks N` or `--ranks=N`, and `--watchdog SECONDS`, out of the arguments. InvalidArgument
@@ -54,9 +60,11 @@ absl::StatusOr<Launch> plan_launch(int argc, char** argv);
 absl::StatusOr<std::string> find_mpirun();
 
 // Runs this program as `ranks` processes under mpirun, with launch.arguments, and waits for all of
-// them; SIGINT and SIGTERM end them. Returns the exit code (128 + n for signal n; 0 only when every
-// rank finished) when nothing of the job is left; says who failed when the ranks could not. Call it
-// before any thread exists.
+// them; SIGINT and SIGTERM end them. Returns when nothing of the job is left, and says who failed
+// when the ranks could not. The exit code: 0 only when every rank finished; that of the first rank
+// to end in another way (128 + n for signal n, 1 for 0); that of the watchdog when a verdict ended
+// the job; 128 + n for signal n to this process. In a process between mpirun and a rank, runs that
+// rank. Call it before any thread exists.
 absl::StatusOr<int> supervise(const Launch& launch);
 
 // The communicator of this process; a world of one starts no MPI. A rank of several ends with its

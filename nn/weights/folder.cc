@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/nearest.h"
+#include "core/progress.h"
 #include "nn/adapters/set.h"
 #include "nn/weights/json.h"
 #include "nn/weights/replace_file.h"
@@ -101,10 +102,14 @@ absl::Status verify(const std::string& path, const std::vector<NamedTensor>& ten
       return stored.status();
     }
     const Tensor written = entry.tensor.to(cpu).contiguous();
-    const bool same =
-        stored->shape() == written.shape() && stored->dtype() == written.dtype() &&
-        (written.numel() == 0 ||
-         std::memcmp(stored->raw(), written.raw(), static_cast<std::size_t>(written.bytes())) == 0);
+    bool same = stored->shape() == written.shape() && stored->dtype() == written.dtype();
+    const std::size_t bytes = written.numel() == 0 ? 0 : static_cast<std::size_t>(written.bytes());
+    for (std::size_t at = 0; same && at < bytes; at += kFilePieceBytes) {
+      same = std::memcmp(static_cast<const char*>(stored->raw()) + at,
+                         static_cast<const char*>(written.raw()) + at,
+                         std::min(kFilePieceBytes, bytes - at)) == 0;
+      progress().tick();
+    }
     if (!same) {
       return absl::DataLossError(
           fmt::format("{}: tensor \"{}\" reads back as something else", path, entry.name));
@@ -377,6 +382,7 @@ absl::Status read_weights(const WeightFolder& weights, Model& model, bool map) {
 
 absl::Status read_elements(const WeightFolder& weights, const Model& model, const std::string& path,
                            std::int64_t first, const Tensor& to) {
+  const PhaseScope phase(Phase::loading);
   const FileKey place = place_in(weights, model, path);
   const SafetensorsFile* const file = weights.find(place.key);
   if (file == nullptr) {
@@ -392,6 +398,7 @@ absl::Status read_elements(const WeightFolder& weights, const Model& model, cons
 }
 
 absl::Status load_weights(const std::string& folder, Model& model, bool map) {
+  const PhaseScope phase(Phase::loading);
   const absl::StatusOr<WeightFolder> weights = WeightFolder::open(folder);
   if (!weights.ok()) {
     return weights.status();
@@ -419,6 +426,7 @@ std::optional<Shape> shape_in(const WeightFolder& weights, const std::string& na
 
 absl::StatusOr<std::unique_ptr<Model>> load_model(const std::string& folder,
                                                   const LoadOptions& options) {
+  const PhaseScope phase(Phase::loading);
   absl::StatusOr<JsonReader> config = JsonReader::open(inside(folder, "config.json"));
   if (!config.ok()) {
     return config.status();
@@ -472,6 +480,7 @@ std::vector<NamedParameter> save_order(Model& model, const SaveOptions& options)
 }
 
 absl::Status save_model(Model& model, const std::string& folder, const SaveOptions& options) {
+  const PhaseScope phase(Phase::saving);
   std::error_code error;
   fs::create_directories(folder, error);
   if (error) {

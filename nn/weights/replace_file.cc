@@ -1,5 +1,6 @@
 #include "nn/weights/replace_file.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -10,12 +11,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/progress.h"
+
 namespace reprise::nn {
 namespace {
 
 namespace fs = std::filesystem;
 
 constexpr int kMostLinks = 40;  // as the kernel has it
+constexpr std::int64_t kWindowBytes = std::int64_t{64} << 20;
 
 std::string folder_of(const std::string& path) {
   const std::string folder = fs::path(path).parent_path().string();
@@ -89,7 +93,7 @@ void ReplaceFile::find_target() {
 void ReplaceFile::append(const void* bytes, std::size_t count) {
   const char* at = static_cast<const char*>(bytes);
   while (status_.ok() && count > 0) {
-    const ssize_t written = ::write(file_, at, count);
+    const ssize_t written = ::write(file_, at, std::min(count, kFilePieceBytes));
     if (written < 0 && errno == EINTR) {
       continue;
     }
@@ -99,7 +103,25 @@ void ReplaceFile::append(const void* bytes, std::size_t count) {
     }
     at += written;
     count -= static_cast<std::size_t>(written);
+    written_ += written;
+    progress().tick();
+    if (written_ - sent_ >= kWindowBytes) {
+      write_back();
+    }
   }
+}
+
+// Asks for the window just written and waits for the one before. A file system that cannot is left
+// to fsync.
+void ReplaceFile::write_back() {
+  ::sync_file_range(file_, sent_, written_ - sent_, SYNC_FILE_RANGE_WRITE);
+  if (sent_ > 0) {
+    ::sync_file_range(
+        file_, 0, sent_,
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+  }
+  sent_ = written_;
+  progress().tick();
 }
 
 absl::Status ReplaceFile::commit() {
@@ -146,6 +168,7 @@ absl::Status read_file(const std::string& path, std::string& text) {
   char buffer[1 << 16];
   ssize_t count = 0;
   while ((count = ::read(file, buffer, sizeof buffer)) > 0 || (count < 0 && errno == EINTR)) {
+    progress().tick();
     text.append(buffer, static_cast<std::size_t>(count > 0 ? count : 0));
   }
   const int error = errno;

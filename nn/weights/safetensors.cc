@@ -15,6 +15,8 @@
 #include <unistd.h>
 
 #include "core/parallel.h"
+#include "core/progress.h"
+#include "nn/weights/replace_file.h"
 
 namespace reprise::nn {
 namespace {
@@ -111,7 +113,8 @@ Convert conversion(StoredType type, DType to) {
 // False when the file ends before, or cannot be read: errno says which.
 bool read_at(int file, std::byte* to, std::size_t count, std::uint64_t from) {
   while (count > 0) {
-    const ssize_t got = ::pread(file, to, count, static_cast<off_t>(from));
+    const ssize_t got =
+        ::pread(file, to, std::min(count, kFilePieceBytes), static_cast<off_t>(from));
     if (got < 0 && errno == EINTR) {
       continue;
     }
@@ -119,6 +122,7 @@ bool read_at(int file, std::byte* to, std::size_t count, std::uint64_t from) {
       errno = got == 0 ? ENODATA : errno;
       return false;
     }
+    progress().tick();
     to += got;
     from += static_cast<std::uint64_t>(got);
     count -= static_cast<std::size_t>(got);

@@ -13,6 +13,7 @@
 #include <unistd.h>
 #include <utf8.h>
 
+#include "core/progress.h"
 #include "nn/weights/replace_file.h"
 #include "nn/weights/safetensors.h"
 
@@ -128,6 +129,7 @@ absl::Status stream_safetensors(const std::string& path, std::span<const TensorL
   const std::vector<std::size_t> order = write_order(tensors);
   const std::string header = header_text(tensors, order, metadata);
 
+  const PhaseScope phase(Phase::saving);
   ReplaceFile file(path);
   std::array<char, 8> length{};
   for (std::size_t i = 0; i < 8; ++i) {

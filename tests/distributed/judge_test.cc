@@ -73,6 +73,33 @@ TEST_F(JudgeTest, AnEndWithoutGoodbye) {
   EXPECT_EQ(culprits(), std::vector<int>{1});
 }
 
+// Both limits are equal, and the counter stood still a little earlier than the beats.
+TEST_F(JudgeTest, SilenceIsNotCalledStandstill) {
+  judge = Judge(3, {milliseconds(3000), milliseconds(3000)}, now);
+  pass(1);
+  pass(0.5, -1, /*still=*/1);
+  while (text().empty() && now < Clock::time_point{} + std::chrono::hours(2)) {
+    pass(0.5, /*silent=*/1);
+  }
+  EXPECT_EQ(text(), "rank 1 does not answer for 3.5 s, last in backward of step 4");
+}
+
+TEST_F(JudgeTest, WhoMayWaitForACoreIsGivenTwiceTheTime) {
+  char state = 'S';
+  judge.process_state = [&](int) { return state; };
+  pass(1);
+  pass(5, /*silent=*/0);
+  EXPECT_EQ(text(), "");
+  EXPECT_FALSE(judge.verdict_on(0, now, milliseconds(0)));
+  state = 'T';
+  EXPECT_NE(text().find("does not answer for 5.0 s"), std::string::npos);
+  EXPECT_TRUE(judge.verdict_on(0, now, milliseconds(0)));
+  state = 'R';
+  pass(1.5, /*silent=*/0);
+  EXPECT_NE(text().find("does not answer for 6.5 s"), std::string::npos);
+  EXPECT_TRUE(judge.verdict_on(0, now, milliseconds(0)));
+}
+
 TEST_F(JudgeTest, AnEndAfterGoodbyeIsNone) {
   pass(1);
   judge.leave(1);

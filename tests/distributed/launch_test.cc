@@ -97,6 +97,24 @@ TEST(PlanLaunch, TheWatchdogsLimit) {
   }
 }
 
+TEST(PlanLaunch, ARanksParent) {
+  std::map<std::string, std::string> variables{{"PMI_RANK", "1"},
+                                               {"PMI_SIZE", "2"},
+                                               {"REPRISE_RUN_DIR", "/dev/shm/x"},
+                                               {"REPRISE_GUARD", "12:345:13"}};
+  const Launch launch = *plan_launch({"demo"}, environment(variables));
+  ASSERT_TRUE(launch.guarded_by && launch.only_watches());
+  EXPECT_EQ(launch.guarded_by->folder, "/dev/shm/x");
+  EXPECT_EQ(launch.guarded_by->launcher, 12);
+  EXPECT_EQ(launch.guarded_by->started, 345);
+  EXPECT_EQ(launch.guarded_by->mpirun, 13);
+  variables["REPRISE_GUARD"] = "rank";  // the rank itself
+  EXPECT_FALSE(plan_launch({"demo"}, environment(variables))->only_watches());
+  EXPECT_FALSE(plan_launch({"demo"}, environment({{"REPRISE_RUN_DIR", "/dev/shm/x"},
+                                                  {"REPRISE_GUARD", "12:345:13"}}))
+                   ->only_watches());
+}
+
 TEST(PlanLaunch, RefusesBadNumbersAndNesting) {
   for (const char* bad : {"", "0", "-1", "two", "2.5", "4097", "99999999999"}) {
     const absl::Status status = plan_launch({"--ranks", bad}, environment({})).status();

@@ -229,29 +229,120 @@ TEST(ControlPlane, SaysWhoIsMissing) {
             std::string_view::npos);
 }
 
-TEST(RunFolder, SaysWhoDidNotFinish) {
+class RunFolderTest : public ::testing::Test {
+ protected:
+  RunFolderTest() {
+    EXPECT_NE(mkdtemp(folder.data()), nullptr);
+    zero = RunFile::open(folder, 0, "host a, pid 1");
+    one = RunFile::open(folder, 1, "host a, pid 2");
+  }
+  ~RunFolderTest() override { std::filesystem::remove_all(folder); }
+  static int exited(int code) { return code << 8; }
+
   std::string folder = ::testing::TempDir() + "reprise-run-XXXXXX";
-  ASSERT_NE(mkdtemp(folder.data()), nullptr);
-  EXPECT_EQ(explain_run(folder, 2), "rank 0, 1 ended before it connected");
-  const auto zero = RunFile::open(folder, 0, "host a, pid 1");
-  const auto one = RunFile::open(folder, 1, "host a, pid 2");
+  std::unique_ptr<RunFile> zero, one;
+};
+
+TEST_F(RunFolderTest, SaysWhoDidNotFinish) {
+  EXPECT_EQ(explain_run(folder + "/absent", 2).text, "rank 0, 1 ended before it connected");
+  EXPECT_EQ(RunFile::open(folder + "/absent", 0, ""), nullptr);
   ASSERT_TRUE(zero && one);
-  EXPECT_EQ(explain_run(folder, 2), "rank 0, 1 ended while MPI started");
+  EXPECT_EQ(explain_run(folder, 2).text, "rank 0, 1 ended while MPI started");
   zero->write(RunFile::End::signalled);
   one->write(RunFile::End::running);
   RankState state;
   state.step = 3;
   state.phase = Phase::optimizer;
   one->write(state);
-  EXPECT_EQ(explain_run(folder, 2),
+  EXPECT_EQ(explain_run(folder, 2).text,
             "rank 1 (host a, pid 2) ended without finishing, last in optimizer of step 3, 0 of 0 "
             "collectives complete");
+  EXPECT_FALSE(explain_run(folder, 2).code);
   zero->write(RunFile::End::told);
-  EXPECT_EQ(explain_run(folder, 2), "");
+  EXPECT_EQ(explain_run(folder, 2).text, "");
+  EXPECT_EQ(explain_run(folder, 2).code, kEndedByWatchdog);
   std::ofstream(folder + "/rank.1") << "short";
-  EXPECT_EQ(explain_run(folder, 2), "");
-  EXPECT_EQ(RunFile::open(folder + "/absent", 0, ""), nullptr);
-  std::filesystem::remove_all(folder);
+  EXPECT_EQ(explain_run(folder, 2).text, "");
+}
+
+// The launcher has killed rank 0 because rank 1 was gone.
+TEST_F(RunFolderTest, TheFirstToEndIsToBlame) {
+  zero->write(RunFile::End::running);
+  one->write(RunFile::End::running);
+  write_end(folder, {1, 2, exited(3), 0, 0});
+  write_end(folder, {0, 1, SIGKILL, 0, 0});
+  EXPECT_EQ(explain_run(folder, 2).text,
+            "rank 1 (host a, pid 2) ended without finishing, with exit code 3, last in start of "
+            "step 0, 0 of 0 collectives complete");
+  EXPECT_EQ(explain_run(folder, 2).code, 3);
+  // The other way round, rank 0 after a signal of the launcher's: still rank 1.
+  write_end(folder, {0, 1, SIGTERM, 1, 0});
+  write_end(folder, {1, 2, exited(0), 0, 0});
+  EXPECT_EQ(explain_run(folder, 2).code, 1);
+  EXPECT_FALSE(explain_run(folder, 2).finished);
+}
+
+// The others have named it; how it ended only its parent knows.
+TEST_F(RunFolderTest, AVerdictIsNotSaidAgain) {
+  one->write(RunFile::End::running);
+  zero->write(RunFile::End::told);
+  write_end(folder, {0, 1, exited(kEndedByWatchdog), 0, 0});
+  write_end(folder, {1, 2, SIGSEGV, 0, 0});
+  EXPECT_EQ(explain_run(folder, 2).text,
+            "rank 1 (host a, pid 2) ended by signal 11 (Segmentation fault)");
+  EXPECT_EQ(explain_run(folder, 2).code, 128 + SIGSEGV);
+  mark_killed(folder, 1);  // it was stopped, and rank 0 ended it after the verdict
+  EXPECT_EQ(explain_run(folder, 2).text, "");
+  EXPECT_EQ(explain_run(folder, 2).code, kEndedByWatchdog);
+}
+
+TEST_F(RunFolderTest, WhatARankSaidLast) {
+  zero->write(RunFile::End::running);
+  one->write(RunFile::End::failed, "the disk is full");
+  write_end(folder, {1, 2, exited(kEndedByWatchdog), 0, 0});
+  write_end(folder, {0, 1, SIGKILL, 1, 0});
+  EXPECT_EQ(explain_run(folder, 2).text,
+            "rank 1 (host a, pid 2) failed in start of step 0: the disk is full");
+  EXPECT_EQ(explain_run(folder, 2).code, kEndedByWatchdog);
+}
+
+TEST_F(RunFolderTest, AllFinished) {
+  for (RunFile* file : {zero.get(), one.get()}) {
+    file->write(RunFile::End::finished);
+  }
+  EXPECT_TRUE(explain_run(folder, 2).finished);
+  write_end(folder, {0, 1, exited(0), 0, 0});
+  EXPECT_TRUE(explain_run(folder, 2).finished);
+  write_end(folder, {1, 2, exited(1), 0, 0});
+  EXPECT_FALSE(explain_run(folder, 2).finished);
+  EXPECT_EQ(explain_run(folder, 2).code, 1);
+}
+
+TEST_F(RunFolderTest, ThoseOfDeadLaunchersAreSwept) {
+  std::string path;
+  {
+    const RunFolder mine;
+    path = mine.path();
+    const std::string name = path.substr(path.rfind('/') + 1);
+    const std::string space = name.substr(0, name.find('-', 8));  // "reprise-4026531836"
+    const std::string self = space + "-" + std::to_string(getpid()) + "-";
+    for (const std::string& entry :
+         {name, self + "1-abcdef", space + "-999999999-5-abcdef", std::string("reprise-abcdef"),
+          std::string("reprise-1-999999999-5-abcdef"), std::string("others")}) {
+      std::filesystem::create_directory(folder + "/" + entry);
+    }
+    std::ofstream(folder + "/" + self + "1-abcdef/rank.0") << "x";
+    std::filesystem::create_symlink("/tmp", folder + "/" + space + "-999999999-6-abcdef");
+    // Of this pid with another start, and of a pid that is not there; not of another space of pids,
+    // not what has another form, not a link.
+    EXPECT_EQ(sweep_run_folders(folder), 2);
+    EXPECT_TRUE(std::filesystem::exists(folder + "/" + name));
+    EXPECT_TRUE(std::filesystem::exists(folder + "/reprise-abcdef"));
+    EXPECT_FALSE(std::filesystem::exists(folder + "/" + self + "1-abcdef"));
+    EXPECT_EQ(sweep_run_folders(folder), 0);
+    EXPECT_TRUE(std::filesystem::exists(path));
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "core/progress.h"
 #include "tests/nn/files.h"
 
 namespace reprise::nn {
@@ -118,6 +119,31 @@ TEST(ReplaceFile, AKilledWriterLeavesNothing) {
   ASSERT_TRUE(WIFSIGNALED(status));
   EXPECT_EQ(contents(folder.at("a")), "old");
   EXPECT_EQ(entries(folder), 1u);
+}
+
+// For who watches the process: a file of any size moves in pieces, each of which counts.
+TEST(ReplaceFile, PiecesCountAsProgress) {
+  const Folder folder;
+  const std::string bytes(5 * kFilePieceBytes + 1, 'x');
+  std::uint64_t before = progress().ticks();
+  {
+    ReplaceFile file(folder.at("a"));
+    file.append(bytes.data(), bytes.size());
+    EXPECT_EQ(progress().ticks() - before, 6u);
+    // Over the edge of a window that goes to the disk.
+    for (int i = 0; i < 13; ++i) {
+      file.append(bytes.data(), bytes.size());
+    }
+    EXPECT_GE(progress().ticks() - before, 14u * 6 + 3);
+    ASSERT_TRUE(file.commit().ok());
+  }
+  EXPECT_EQ(fs::file_size(folder.at("a")), 14 * bytes.size());
+  before = progress().ticks();
+  std::string back;
+  ASSERT_TRUE(read_file(folder.at("a"), back).ok());
+  EXPECT_GE(progress().ticks() - before, 14u * 6);
+  EXPECT_EQ(back.size(), 14 * bytes.size());
+  EXPECT_EQ(back.substr(13 * bytes.size()), bytes);
 }
 
 }  // namespace

@@ -6,10 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include <unistd.h>
 
@@ -17,6 +19,7 @@
 #include "core/progress.h"
 #include "distributed/disagreement.h"
 #include "distributed/reducer.h"
+#include "nn/weights/safetensors.h"
 #include "tests/distributed/mpi/toy_model.h"
 #include "train/launch.h"
 
@@ -132,8 +135,53 @@ class Job {
         const PhaseScope phase(Phase::optimizer);
         at("optimizer");
       }
-      const PhaseScope phase(Phase::saving);
-      at("save");
+      {
+        const PhaseScope phase(Phase::saving);
+        at("save");
+      }
+      if (fault_.ends_with("file")) {
+        keep();
+      }
+    }
+  }
+
+  // Nothing here counts as progress but the file itself.
+  void keep() const {
+    std::string path = std::filesystem::temp_directory_path() / "reprise-faulty-XXXXXX";
+    if (mkdtemp(path.data()) == nullptr) {
+      throw std::runtime_error("no folder to write to");
+    }
+    constexpr int kTensors = 30;
+    const std::vector<nn::TensorLayout> layouts = [] {
+      std::vector<nn::TensorLayout> result;
+      for (int i = 0; i < kTensors; ++i) {
+        result.push_back({"t" + std::to_string(i), Shape{4}, DType::f32});
+      }
+      return result;
+    }();
+    const Tensor value = Tensor::zeros({4}, DType::f32);
+    auto slowly = [&](std::size_t i) {
+      if (differs("slowfile")) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(kLimit) * 3 / 2 / kTensors);
+      }
+      if (differs("throwfile") && i == kTensors / 2) {
+        std::filesystem::remove_all(path);
+        throw std::runtime_error("the disk is full");
+      }
+      return value;
+    };
+    const std::string file = path + "/a.safetensors";
+    absl::Status status = nn::stream_safetensors(file, layouts, slowly);
+    const auto stored = nn::SafetensorsFile::open(file);
+    if (status.ok() && stored.ok()) {
+      const PhaseScope phase(Phase::loading);
+      for (std::size_t i = 0; i < layouts.size() && status.ok(); ++i) {
+        status = stored->read_into(layouts[i].name, slowly(i));
+      }
+    }
+    std::filesystem::remove_all(path);
+    if (!status.ok() || !stored.ok()) {
+      throw std::runtime_error("the file is not there");
     }
   }
 
@@ -155,7 +203,7 @@ int work(const train::World& place, const std::string& fault, bool culprit) {
   job.at("start");
   distributed::ConnectOptions options;
   options.limit = place.watchdog.value_or(kLimit);
-  options.start_limit = std::chrono::seconds(fault.ends_with("@start") ? 5 : 60);
+  options.start_limit = std::chrono::seconds(fault.ends_with("@start") ? 8 : 60);
   if (job.differs("version")) {
     options.version = "Reprise 9.9.9";
   }
@@ -188,7 +236,7 @@ int run(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", std::string(launch.status().message()).c_str());
     return 2;
   }
-  if (launch->ranks > 1) {
+  if (launch->only_watches()) {
     const absl::StatusOr<int> code = train::supervise(*launch);
     if (!code.ok()) {
       std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());

@@ -75,6 +75,7 @@ launch() {  # fault, culprit
   local attempt
   for attempt in 1 2 3; do
     machines || return
+    : > "$folder/out"  # of the case before; the job opens it some time later
     on_a timeout -k 1 200 "$mpirun" --host hosta:2,hostb:2 --mca plm_rsh_agent "$folder/agent" \
       --mca plm_rsh_no_tree_spawn 1 --mca btl tcp,self -n 4 "$faulty" "$1" "$2" > "$folder/out" 2>&1 &
     job=$!
