@@ -99,7 +99,7 @@ TEST(RandomRanks, ShardedRunsHaveTheBitsOfOneProcess) {
   }
   for (std::size_t stage = 1; stage <= 3; ++stage) {
     for (const auto* counts : {&by_stage, &uneven, &sharded_batches, &early, &tokens}) {
-      EXPECT_GT((*counts)[stage], count_of_programs() / 60);
+      EXPECT_GE((*counts)[stage], count_of_programs() / 100);
     }
   }
 }

@@ -302,7 +302,6 @@ TEST(Sharding, AReplaySharesTheGatherOfItsBackward) {
   run_ranks(2, [](Communicator& ranks) {
     Branches cut(4);
     Sharding sharding(ranks, cut.list, cut.reads(), {.stage = 3});
-    CallCount calls;
     Tape tape;
     const Tape::Scope scope(tape, Policies::named("inputs-only"));
     const Variable loss = cut.loss(0, true);
