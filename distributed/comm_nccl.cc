@@ -451,12 +451,12 @@ class NcclCommunicator final : public Communicator {
  private:
   // Before there is a thread, where the watchdog is to take them.
   static sigset_t blocked_signals(const NcclOptions& options) {
-    if (options.gather && options.watchdog.signals) {
-      return Watchdog::block_signals();
-    }
     sigset_t now;
     pthread_sigmask(SIG_SETMASK, nullptr, &now);
-    return now;
+    if (options.gather && options.watchdog.signals) {
+      Watchdog::block_signals();
+    }
+    return options.mask.value_or(now);
   }
 
   const NcclOptions options_;

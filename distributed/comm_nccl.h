@@ -17,8 +17,10 @@
 // text: the other ranks see that a collective fails or does not end within the limit.
 #pragma once
 
+#include <csignal>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <absl/status/status.h>
@@ -43,6 +45,8 @@ struct NcclOptions {
   GatherBytes gather;
   // The rest of what it is told; limits.limit and on_verdict are filled in.
   WatchdogOptions watchdog;
+  // Of signals, to be restored at the end; empty: as it is when it is connected.
+  std::optional<sigset_t> mask;
 };
 
 // Over a folder that all ranks see; by a communicator that lives until then.
