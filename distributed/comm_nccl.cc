@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -11,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/progress.h"
 #include "distributed/backoff.h"
 #include "distributed/comm_queue.h"
 #include "distributed/header.h"
@@ -48,7 +51,29 @@ class Engine {
     has_given_up_ = true;
   }
 
+  // Before the thread that calls NCCL waits for the others.
+  absl::Status watch() {
+    WatchdogOptions watchdog = options_.watchdog;
+    watchdog.limits.limit = options_.limit;
+    watchdog.limits.silence = std::min(watchdog.limits.silence, options_.limit);
+    watchdog.start_limit = options_.start_limit;
+    watchdog.on_verdict = [this](const std::string& why) { give_up(why); };
+    try {
+      auto dog = Watchdog::start(options_.rank, options_.size, watchdog, options_.gather);
+      if (!dog.ok()) {
+        return dog.status();
+      }
+      dog_ = *std::move(dog);
+    } catch (const Error& e) {
+      return absl::InternalError(e.what());
+    }
+    return absl::OkStatus();
+  }
+
+  Watchdog* dog() { return dog_.get(); }
+
   void start(const NcclId& id) {
+    starting_ = true;
     deadline_ = Clock::now() + options_.start_limit;
     limit_ = options_.start_limit;
     what_ = "start";
@@ -57,6 +82,7 @@ class Engine {
       stream_ = calls->make_stream();
       settle(calls->init(comm_, options_.size, id, options_.rank), "ncclCommInitRankConfig");
     });
+    starting_ = false;
   }
 
   void run(Collective& collective, const Event& ready) {
@@ -67,6 +93,9 @@ class Engine {
       }
       perform(collective, ready);
     });
+    if (dog_ != nullptr) {
+      dog_->complete();
+    }
   }
 
   // All ranks, when nothing is under way.
@@ -98,7 +127,12 @@ class Engine {
     deadline_ = Clock::now() + options_.limit;
     limit_ = options_.limit;
     ++sequence_;
-    what_ = fmt::format("collective {} ({})", sequence_, to_string(collective));
+    const std::string text = to_string(collective);
+    what_ = fmt::format("collective {} ({})", sequence_, text);
+    failure_ = Failure::suspected;
+    if (dog_ != nullptr) {
+      dog_->join(text, collective.in.defined() ? collective.in.bytes() : 0);
+    }
     calls->use_device();
   }
 
@@ -108,7 +142,11 @@ class Engine {
   void guarded(F&& f) {
     try {
       f();
-    } catch (const std::exception&) {
+    } catch (const std::exception& e) {
+      // First: the end of NCCL's connections looks like an end of this rank to the others.
+      if (dog_ != nullptr) {
+        dog_->fail(failure_, e.what());
+      }
       abort();
       throw;
     }
@@ -122,6 +160,7 @@ class Engine {
                   sizeof mine / sizeof(std::int64_t)},
                  sizeof mine, all.size() * sizeof mine, "join");
     if (const std::string text = explain(all); !text.empty()) {
+      failure_ = Failure::shared;
       throw CommunicatorError(fmt::format("[communicator] ranks disagree at {}: {}", what_, text));
     }
   }
@@ -244,6 +283,9 @@ class Engine {
         fail_with(verb, code);
       }
       if (passed) {
+        if (dog_ != nullptr) {
+          dog_->moved();
+        }
         return;
       }
       expect_time(verb);
@@ -257,7 +299,10 @@ class Engine {
       throw CommunicatorError(
           fmt::format("[communicator] rank {} failed: {}", options_.rank, given_up_));
     }
-    if (Clock::now() > deadline_) {
+    if (dog_ != nullptr && starting_) {
+      progress().tick();  // it may take as long as start_limit says
+    }
+    if (Clock::now() > deadline_ && (dog_ == nullptr || starting_)) {
       throw CommunicatorError(
           fmt::format("[communicator] {} did not {} within {:.1f} s of rank {}; NCCL does not say "
                       "which of the {} ranks it waits for",
@@ -284,26 +329,46 @@ class Engine {
   std::atomic<bool> has_given_up_ = false;
   std::mutex mutex_;
   std::string given_up_;
+  bool starting_ = false;
+  Failure failure_ = Failure::suspected;  // what an error means
+  std::unique_ptr<Watchdog> dog_;         // last: its thread calls back
 };
 
 class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(const NcclOptions& options, std::unique_ptr<NcclCalls> calls)
       : options_(options),
+        signals_(blocked_signals(options)),
         engine_(std::make_shared<Engine>(options, std::move(calls))),
         exceptions_(std::uncaught_exceptions()) {}
 
   ~NcclCommunicator() override {
     if (std::uncaught_exceptions() > exceptions_) {
+      if (!closed_ && engine_->dog() != nullptr) {
+        // Without waiting: who catches the exception may still say what it was.
+        closed_ = true;
+        engine_->dog()->fail(Failure::own, "an exception left it");
+        static auto& left = *new std::vector<std::shared_ptr<Engine>>;
+        left.push_back(engine_);
+        queue_.finish(std::chrono::milliseconds(0));
+        return;
+      }
       abort("it was left by an exception");
     }
     try {
       close();
     } catch (const Error&) {  // said by the collective that failed, or not to be said here
     }
+    pthread_sigmask(SIG_SETMASK, &signals_, nullptr);
   }
 
   absl::Status connect(const NcclId& id) {
+    if (options_.gather && options_.size > 1) {
+      if (absl::Status status = engine_->watch(); !status.ok()) {
+        closed_ = true;
+        return status;
+      }
+    }
     try {
       queue_.push([engine = engine_, id] { engine->start(id); }).wait();
     } catch (const Error& e) {
@@ -332,11 +397,18 @@ class NcclCommunicator final : public Communicator {
     if (on_device && collective.kind != Collective::Kind::agree) {
       ready = engine_->calls->mark_compute();
     }
+    if (engine_->dog() != nullptr) {
+      engine_->dog()->launched();
+    }
     return queue_.push([engine = engine_, c = std::move(collective),
                         ready = std::move(ready)]() mutable { engine->run(c, ready); });
   }
 
   void abort(std::string why) override {
+    if (!closed_ && engine_->dog() != nullptr) {
+      std::fflush(stdout);
+      engine_->dog()->fail_and_end(Failure::own, why);
+    }
     if (closed_ || std::exchange(aborted_, true)) {
       return;
     }
@@ -347,8 +419,26 @@ class NcclCommunicator final : public Communicator {
     });
   }
 
+  void disagree(std::string why) override {
+    if (!closed_ && engine_->dog() != nullptr) {
+      std::fflush(stdout);
+      engine_->dog()->fail_and_end(Failure::shared, why);
+    }
+    abort(std::move(why));
+  }
+
   void close() override {
     if (std::exchange(closed_, true)) {
+      return;
+    }
+    if (engine_->dog() != nullptr) {
+      progress().enter(Phase::ending);
+      progress().begin_wait();
+      const Pending ended = queue_.push([engine = engine_] { engine->finish(); });
+      queue_.finish(std::chrono::hours(24));  // the watchdog ends the process before
+      progress().end_wait();
+      ended.wait();
+      engine_->dog()->goodbye();
       return;
     }
     const Pending done = queue_.push([engine = engine_] { engine->finish(); });
@@ -359,7 +449,18 @@ class NcclCommunicator final : public Communicator {
   }
 
  private:
+  // Before there is a thread, where the watchdog is to take them.
+  static sigset_t blocked_signals(const NcclOptions& options) {
+    sigset_t now;
+    pthread_sigmask(SIG_SETMASK, nullptr, &now);
+    if (options.gather && options.watchdog.signals) {
+      Watchdog::block_signals();
+    }
+    return options.mask.value_or(now);
+  }
+
   const NcclOptions options_;
+  const sigset_t signals_;
   const std::shared_ptr<Engine> engine_;
   CommQueue queue_;
   const int exceptions_;
@@ -372,6 +473,32 @@ NcclShare share_over_folder(std::string folder, int rank, int size,
                             std::chrono::milliseconds limit) {
   return [=](NcclId& id) {
     return rendezvous({folder, rank, size, limit}, std::as_writable_bytes(std::span(id)));
+  };
+}
+
+GatherBytes gather_over_folder(std::string folder, int rank, int size,
+                               std::chrono::milliseconds limit) {
+  return [=](std::string_view mine) {
+    std::string all;
+    const absl::Status status =
+        rendezvous_of_all({folder + "/cards", rank, size, limit}, mine, all);
+    if (!status.ok()) {
+      throw CommunicatorError(std::string(status.message()));
+    }
+    return all;
+  };
+}
+
+GatherBytes gather_over(Communicator& carrier) {
+  return [&carrier](std::string_view mine) {
+    ensure(mine.size() % sizeof(std::int64_t) == 0, "gather_over: {} bytes", mine.size());
+    const auto words = static_cast<std::int64_t>(mine.size() / sizeof(std::int64_t));
+    const Tensor in = Tensor::zeros({words}, DType::i64, cpu, MemoryKind::communication);
+    const Tensor out =
+        Tensor::zeros({words * carrier.size()}, DType::i64, cpu, MemoryKind::communication);
+    std::memcpy(in.raw(), mine.data(), mine.size());
+    carrier.all_gather(in, out, {"cards of the ranks"}).wait();
+    return std::string(static_cast<const char*>(out.raw()), static_cast<std::size_t>(out.bytes()));
   };
 }
 

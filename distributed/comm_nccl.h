@@ -10,12 +10,17 @@
 //
 // Differences to what communicator.h says: NCCL has its own order of addition, which depends on the
 // number of elements and on how the devices are connected; bf16 is rounded after each addition; of
-// max and min with NaN it promises nothing. abort() does not carry its text: the other ranks see
-// that a collective fails or does not end within the limit.
+// max and min with NaN it promises nothing.
+//
+// With `gather` the ranks have the control plane and the watchdog of those on MPI (watchdog.h):
+// what a rank does wrong is named, abort() ends the job. Without it abort() does not carry its
+// text: the other ranks see that a collective fails or does not end within the limit.
 #pragma once
 
+#include <csignal>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <absl/status/status.h>
@@ -23,6 +28,7 @@
 
 #include "distributed/communicator.h"
 #include "distributed/nccl_calls.h"
+#include "distributed/watchdog.h"
 
 namespace reprise::distributed {
 
@@ -34,7 +40,19 @@ struct NcclOptions {
   // Ranks compare a header before each collective, which NCCL itself does not: without it, ranks
   // that differ in a count hang until the limit or read past an end.
   bool checked = true;
+  // Everybody's bytes to everybody, once, at the start: then there is a watchdog, `limit` is its,
+  // and collectives have none of their own.
+  GatherBytes gather;
+  // The rest of what it is told; limits.limit and on_verdict are filled in.
+  WatchdogOptions watchdog;
+  // Of signals, to be restored at the end; empty: as it is when it is connected.
+  std::optional<sigset_t> mask;
 };
+
+// Over a folder that all ranks see; by a communicator that lives until then.
+GatherBytes gather_over_folder(std::string folder, int rank, int size,
+                               std::chrono::milliseconds limit);
+GatherBytes gather_over(Communicator& carrier);
 
 // Rank 0's bytes arrive at all ranks. A collective.
 using NcclShare = std::function<absl::Status(NcclId& id)>;

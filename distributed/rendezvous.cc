@@ -28,6 +28,10 @@ struct Join {
   std::uint64_t magic = kMagic, number = 0;
   std::int32_t rank = 0, size = 0;
 };
+// With what follows it in its file.
+struct Joined : Join {
+  std::string bytes;
+};
 
 std::uint64_t own_number() {
   std::random_device source;
@@ -73,16 +77,19 @@ std::string_view bytes_of(const T& value) {
 
 class Meeting {
  public:
-  Meeting(const RendezvousOptions& options, std::span<std::byte> bytes)
+  // `mine` of each rank travels to rank 0; with it, what rank 0 answers is all of them.
+  Meeting(const RendezvousOptions& options, std::span<std::byte> bytes, std::string_view mine = {})
       : options_(options),
         bytes_(bytes),
+        mine_(mine),
         end_(Clock::now() + options.limit),
         answer_(options.folder + "/answer") {}
 
   absl::Status ask() {
     const std::string mine = join_path(options_.rank);
     const Join join{kMagic, own_number(), options_.rank, options_.size};
-    if (absl::Status status = write(mine, bytes_of(join)); !status.ok()) {
+    if (absl::Status status = write(mine, std::string(bytes_of(join)) + std::string(mine_));
+        !status.ok()) {
       return status;
     }
     while (true) {
@@ -101,18 +108,20 @@ class Meeting {
 
   absl::Status answer() {
     ::unlink(answer_.c_str());  // an earlier job's
+    put(0, mine_);
     std::vector<std::uint64_t> answered;
     while (true) {
       std::vector<std::uint64_t> numbers(static_cast<std::size_t>(options_.size));
       std::vector<std::string> missing;
       for (int r = 1; r < options_.size; ++r) {
-        const std::optional<Join> join = read_join(r);
+        const std::optional<Joined> join = read_join(r);
         if (!join) {
           missing.push_back(std::to_string(r));
         } else if (join->size != options_.size) {  // or an earlier job's file: not yet an error
           missing.push_back(fmt::format("{} (it was started as one of {} ranks)", r, join->size));
         } else {
           numbers[static_cast<std::size_t>(r)] = join->number;
+          put(r, join->bytes);
         }
       }
       if (!answered.empty() && std::ssize(missing) == options_.size - 1) {
@@ -136,14 +145,23 @@ class Meeting {
  private:
   std::string join_path(int rank) const { return fmt::format("{}/join.{}", options_.folder, rank); }
 
-  std::optional<Join> read_join(int rank) const {
+  std::optional<Joined> read_join(int rank) const {
     const std::string text = read(join_path(rank));
     Join join;
-    if (text.size() != sizeof join) {
+    if (text.size() != sizeof join + mine_.size()) {
       return std::nullopt;
     }
     std::memcpy(&join, text.data(), sizeof join);
-    return join.magic == kMagic && join.rank == rank ? std::optional(join) : std::nullopt;
+    return join.magic == kMagic && join.rank == rank
+               ? std::optional(Joined{join, text.substr(sizeof join)})
+               : std::nullopt;
+  }
+
+  void put(int rank, std::string_view bytes) {
+    if (!bytes.empty()) {
+      std::memcpy(bytes_.data() + static_cast<std::size_t>(rank) * bytes.size(), bytes.data(),
+                  bytes.size());
+    }
   }
 
   // A rank's file was an earlier job's, and now is this one's: it has to be answered again.
@@ -190,13 +208,17 @@ class Meeting {
 
   const RendezvousOptions& options_;
   const std::span<std::byte> bytes_;
+  const std::string_view mine_;
   const Clock::time_point end_;
   const std::string answer_;
 };
 
 }  // namespace
 
-absl::Status rendezvous(const RendezvousOptions& options, std::span<std::byte> bytes) {
+namespace {
+
+absl::Status meet(const RendezvousOptions& options, std::span<std::byte> bytes,
+                  std::string_view mine) {
   std::error_code error;
   std::filesystem::create_directories(options.folder, error);
   if (error) {
@@ -205,8 +227,21 @@ absl::Status rendezvous(const RendezvousOptions& options, std::span<std::byte> b
   if (options.size == 1) {
     return absl::OkStatus();
   }
-  Meeting meeting(options, bytes);
+  Meeting meeting(options, bytes, mine);
   return options.rank == 0 ? meeting.answer() : meeting.ask();
+}
+
+}  // namespace
+
+absl::Status rendezvous(const RendezvousOptions& options, std::span<std::byte> bytes) {
+  return meet(options, bytes, {});
+}
+
+absl::Status rendezvous_of_all(const RendezvousOptions& options, std::string_view mine,
+                               std::string& all) {
+  all.assign(mine.size() * static_cast<std::size_t>(options.size), 0);
+  mine.copy(all.data(), mine.size());  // of one rank
+  return meet(options, std::as_writable_bytes(std::span(all)), mine);
 }
 
 }  // namespace reprise::distributed

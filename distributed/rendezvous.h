@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include <absl/status/status.h>
 
@@ -26,5 +27,9 @@ struct RendezvousOptions {
 // every rank has them. DeadlineExceeded names the ranks that did not come, or came as part of a job
 // of another size; Unavailable: a file cannot be written.
 absl::Status rendezvous(const RendezvousOptions& options, std::span<std::byte> bytes);
+// The same with bytes of each rank, as many everywhere: `all` = those of rank 0, of rank 1, ... on
+// every rank. For a second meeting of one job take another folder.
+absl::Status rendezvous_of_all(const RendezvousOptions& options, std::string_view mine,
+                               std::string& all);
 
 }  // namespace reprise::distributed

@@ -10,10 +10,13 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/prctl.h>
 #include <sys/types.h>
 #include <unistd.h>
+
+#include "distributed/comm_nccl.h"
 
 namespace reprise::train {
 namespace {
@@ -252,6 +255,68 @@ absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
   distributed::ConnectOptions options;
   options.limit = limit.value_or(world.watchdog.value_or(options.limit));
   return connect(world, options);
+}
+
+namespace {
+
+// `mpi` may be null: then REPRISE_RENDEZVOUS carries what has to be carried, if there is anything.
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect_devices(
+    Device device, const World& world, const distributed::ConnectOptions& options,
+    std::unique_ptr<distributed::NcclCalls> calls, distributed::Communicator* mpi,
+    const sigset_t& mask) {
+  distributed::NcclOptions nccl{.rank = world.rank, .size = world.size, .device = device};
+  nccl.limit = options.limit;
+  nccl.start_limit = options.start_limit;
+  nccl.checked = options.checked;
+  nccl.mask = mask;
+  nccl.watchdog.limits.silence = options.silence;
+  nccl.watchdog.version = fmt::format("{}, {}", options.version, distributed::nccl_version());
+  if (const char* folder = std::getenv("REPRISE_RUN_DIR")) {
+    nccl.watchdog.run_folder = folder;
+  }
+  if (world.size > 1) {
+    nccl.gather = mpi != nullptr ? distributed::gather_over(*mpi)
+                                 : distributed::gather_over_folder(
+                                       std::getenv("REPRISE_RENDEZVOUS"), world.rank, world.size,
+                                       options.start_limit);
+  }
+  const absl::StatusOr<distributed::NcclShare> share = distributed::nccl_share(nccl, mpi);
+  return share.ok() ? distributed::connect_nccl(nccl, *share, std::move(calls)) : share.status();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect_on(
+    Device device, const World& world, distributed::ConnectOptions options) {
+  if (device.kind == DeviceKind::cpu) {
+    return connect(world, std::move(options));
+  }
+  auto calls = distributed::nccl_library(device);
+  if (!calls.ok()) {
+    return calls.status();
+  }
+  sigset_t mask;
+  pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+  const char* folder = std::getenv("REPRISE_RENDEZVOUS");
+  if (world.size == 1 || (folder != nullptr && *folder != 0)) {
+    if (world.size > 1) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+    }
+    return connect_devices(device, world, options, *std::move(calls), nullptr, mask);
+  }
+  absl::StatusOr<std::unique_ptr<distributed::Communicator>> mpi = connect(world, options);
+  if (!mpi.ok()) {
+    return mpi.status();
+  }
+  auto ranks = connect_devices(device, world, options, *std::move(calls), mpi->get(), mask);
+  if (ranks.ok()) {
+    (*mpi)->close();
+    mpi->reset();
+    distributed::Watchdog::block_signals();  // the end of MPI's watchdog has let them through
+  } else {
+    (*mpi)->abort(std::string(ranks.status().message()));
+  }
+  return ranks;
 }
 
 absl::Status run_rank(std::unique_ptr<distributed::Communicator> communicator,

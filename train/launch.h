@@ -75,6 +75,13 @@ absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
 absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect(
     const World& world, std::optional<std::chrono::milliseconds> limit = std::nullopt);
 
+// The communicator for tensors on `device`: connect() for the CPU, else NCCL with the same
+// watchdog. Its identifier and the ranks' addresses travel over the folder that REPRISE_RENDEZVOUS
+// names, else over MPI, which has ended when this returns. FailedPrecondition, before anything is
+// started, when this build has no NCCL or there is no such device.
+absl::StatusOr<std::unique_ptr<distributed::Communicator>> connect_on(
+    Device device, const World& world, distributed::ConnectOptions options = {});
+
 // Work of one rank: body(communicator), then the end of the communicator. When it throws or returns
 // an error, the job ends (Communicator::abort); alone, that goes on to the caller.
 absl::Status run_rank(std::unique_ptr<distributed::Communicator> communicator,

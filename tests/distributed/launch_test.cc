@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include "core/cuda_device.h"
+
 namespace reprise::train {
 namespace {
 
@@ -127,6 +129,21 @@ TEST(PlanLaunch, RefusesBadNumbersAndNesting) {
                 .status()
                 .message(),
             "--ranks 2 inside a launch: this is rank 1 of 2 under PMI already; leave --ranks out");
+}
+
+// Before MPI or anything else is started.
+TEST(ConnectOn, ADeviceThatIsNotThereIsRefused) {
+  if (cuda_device_count() > 0) {
+    GTEST_SKIP() << "there is a device";
+  }
+  for (const int size : {1, 2}) {
+    World world;
+    world.size = world.local_size = size;
+    const absl::Status status = connect_on({DeviceKind::cuda, 0}, world).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_NE(status.message().find("NCCL"), std::string_view::npos) << status;
+  }
+  EXPECT_EQ((*connect_on(cpu, World{}))->size(), 1);
 }
 
 }  // namespace

@@ -169,6 +169,25 @@ double divisor(const RankProgram& program, int step) {
   return program.options.divide_by_live ? program.live(step) : program.ranks;
 }
 
+// Of parameter i. Compressed: bf16 from every rank, added in f32, rounded once.
+std::vector<float> sum_of(const std::vector<Values>& parts, std::size_t i, bool compress) {
+  const auto rounded = [&](std::vector<float> values) {
+    for (float& x : values) {
+      x = compress ? to_float(to_bfloat16(x)) : x;
+    }
+    return values;
+  };
+  std::vector<std::vector<float>> sent;
+  std::vector<const void*> addends;
+  for (const Values& part : parts) {
+    sent.push_back(rounded(part[i]));
+    addends.push_back(sent.back().data());
+  }
+  std::vector<float> sum(parts[0][i].size());
+  reduce_tree(addends, sum.data(), std::ssize(sum), DType::f32, distributed::Reduce::sum);
+  return rounded(std::move(sum));
+}
+
 void set_gradients(const std::vector<Parameter*>& parameters, const Values& gradients) {
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     parameters[i]->zero_gradient();
@@ -214,11 +233,11 @@ std::string RankProgram::text() const {
   return fmt::format(
       "seed {}: {} ranks, {} parameters of {}, {} blocks, micro-batches {}shards {}, buckets {} "
       "{}, "
-      "mean {}, live {}, zero {}, early {}, thaw at {}, stage {}, again {}",
+      "mean {}, live {}, zero {}, early {}, compressed {}, thaw at {}, stage {}, again {}",
       seed, ranks, frozen.size(), width, blocks.size(), micro, options.shards,
       options.buckets.first_bucket_bytes, options.buckets.bucket_bytes,
-      static_cast<int>(options.mean), options.divide_by_live, zero, early, thaw_step, stage,
-      gather_again);
+      static_cast<int>(options.mean), options.divide_by_live, zero, early, options.compress,
+      thaw_step, stage, gather_again);
 }
 
 RankProgram draw_program(std::uint64_t seed) {
@@ -282,6 +301,7 @@ RankProgram draw_program(std::uint64_t seed) {
     --program.steps;
   }
   program.zero = uneven || options.shards > 0 || options.mean == Mean::tokens || chance(80);
+  options.compress = options.shards == 0 && chance(25);
   return program;
 }
 
@@ -438,14 +458,10 @@ std::vector<StepResult> expected_of(const RankProgram& program) {
         continue;
       }
       const auto count = static_cast<std::size_t>(model.parameters[i]->value().numel());
-      std::vector<float> sum(count);
-      std::vector<const void*> addends;
       for (Values& part : parts) {
         part[i].resize(count);  // zeros from those who have none
-        addends.push_back(part[i].data());
       }
-      reduce_tree(addends, sum.data(), static_cast<std::int64_t>(count), DType::f32,
-                  distributed::Reduce::sum);
+      std::vector<float> sum = sum_of(parts, i, program.options.compress);
       for (float& x : sum) {
         x /= static_cast<float>(divisor(program, step));
       }

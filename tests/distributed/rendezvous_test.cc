@@ -142,5 +142,33 @@ TEST_F(Rendezvous, AFolderThatCannotBe) {
   EXPECT_NE(status.message().find(folder_.string()), std::string::npos);
 }
 
+TEST_F(Rendezvous, OfAllHandsEverybodysBytesToEverybody) {
+  for (int round = 0; round < 3; ++round) {
+    std::vector<std::thread> threads;
+    std::vector<std::string> all(4);
+    std::vector<absl::Status> results(4);
+    for (const int rank : {2, 0, 3, 1}) {
+      const auto at = static_cast<std::size_t>(rank);
+      threads.emplace_back([&, rank, at] {
+        results[at] =
+            rendezvous_of_all({folder_.string(), rank, 4, std::chrono::milliseconds(20'000)},
+                              std::string(5, static_cast<char>('a' + rank)), all[at]);
+      });
+    }
+    for (std::thread& thread : threads) {
+      thread.join();
+    }
+    for (std::size_t rank = 0; rank < 4; ++rank) {
+      EXPECT_TRUE(results[rank].ok()) << results[rank];
+      EXPECT_EQ(all[rank], "aaaaabbbbbcccccddddd") << rank;
+    }
+    EXPECT_TRUE(std::filesystem::is_empty(folder_));
+  }
+  std::string alone;
+  EXPECT_TRUE(
+      rendezvous_of_all({folder_.string(), 0, 1, std::chrono::milliseconds(1)}, "x", alone).ok());
+  EXPECT_EQ(alone, "x");
+}
+
 }  // namespace
 }  // namespace reprise::distributed

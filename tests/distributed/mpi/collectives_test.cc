@@ -2,11 +2,13 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "core/philox.h"
+#include "distributed/comm_nccl.h"
 #include "distributed/rank_tree.h"
 #include "tests/distributed/mpi/world.h"
 
@@ -228,6 +230,20 @@ TEST(Collectives, OneNumber) {
 TEST(Collectives, SecondConnectionIsRefused) {
   const auto second = connect_mpi({});
   EXPECT_EQ(second.status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+// What ranks on devices need of MPI before they have NCCL.
+TEST(MpiCarrier, HandsEverybodysBytesToEverybody) {
+  const auto bytes_of = [](int rank) { return std::string(24, static_cast<char>('a' + rank)); };
+  std::string expected;
+  for (int r = 0; r < world().size(); ++r) {
+    expected += bytes_of(r);
+  }
+  EXPECT_EQ(distributed::gather_over(world())(bytes_of(world().rank())), expected);
+  distributed::NcclId id;
+  id.fill(static_cast<char>('A' + world().rank()));
+  EXPECT_TRUE(distributed::share_over(world())(id).ok());
+  EXPECT_EQ(id[127], 'A');
 }
 
 }  // namespace

@@ -324,6 +324,38 @@ TEST(Faults, SlowIsOnlyAWarning) {
   EXPECT_TRUE(ended.left.empty());
 }
 
+// NCCL's ranks, over a stand-in that notices nothing: the same watchdog.
+TEST(NcclFaults, AreNamedAndEndTheJob) {
+  struct Row {
+    int ranks, culprit;
+    const char *fault, *words;
+  };
+  for (const Row& row :
+       {Row{3, 1, "kill", "reprise: rank 1 (host "}, Row{3, 0, "exit0", " ended without finishing"},
+        Row{3, 1, "stop", "; its process is stopped (state T)"},
+        Row{2, 0, "stop", "; its process is stopped (state T)"},
+        Row{2, 1, "silent", " s in forward of step 3; its last collective is 2"},
+        Row{3, 2, "throw", " failed in forward of step 3: device lost"},
+        Row{3, 1, "count", "count: rank 1 has 50, the other 2 have 100"},
+        Row{3, 1, "version", "library: rank 1 has version Reprise 9.9.9"}}) {
+    const Ended ended = run(
+        {REPRISE_NCCL_FAULTY, std::to_string(row.ranks), row.fault, std::to_string(row.culprit)});
+    std::printf("nccl %-13s rank %d of %d: exit code %d after %.1f s\n", row.fault, row.culprit,
+                row.ranks, ended.code, ended.seconds);
+    SCOPED_TRACE(std::string(row.fault) + ":\n" + ended.text);
+    EXPECT_EQ(ended.code, row.fault == std::string("version") ? 1 : 86);
+    EXPECT_LT(ended.seconds, 33);
+    EXPECT_TRUE(ended.left.empty());
+    EXPECT_NE(ended.text.find(row.words), std::string::npos);
+    for (const int rank : blamed(ended.text)) {
+      EXPECT_EQ(rank, row.culprit);
+    }
+  }
+  const Ended ended = run({REPRISE_NCCL_FAULTY, "3", "none", "0"});
+  EXPECT_EQ(ended.code, 0) << ended.text;
+  EXPECT_EQ(ended.text, "");
+}
+
 // Longer than the limit, twice.
 TEST(Faults, ASlowFileIsNoFault) {
   const Ended ended = run({REPRISE_FAULTY, "--ranks", "2", "slowfile", "1"});

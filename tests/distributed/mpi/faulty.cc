@@ -33,7 +33,7 @@ using distributed::Reducer;
 using distributed::ReducerOptions;
 
 constexpr int kSteps = 4, kFaultyStep = 2;
-constexpr std::chrono::seconds kLimit(3);
+constexpr std::chrono::milliseconds kLimit(3000);
 
 void go_wrong(const std::string& kind) {
   if (kind == "stop") {
@@ -162,7 +162,7 @@ class Job {
     const Tensor value = Tensor::zeros({4}, DType::f32);
     auto slowly = [&](std::size_t i) {
       if (differs("slowfile")) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(kLimit) * 3 / 2 / kTensors);
+        std::this_thread::sleep_for(kLimit * 3 / 2 / kTensors);
       }
       if (differs("throwfile") && i == kTensors / 2) {
         std::filesystem::remove_all(path);
