@@ -17,6 +17,7 @@ struct StepReport {
   BytesByKind at_peak{};                  // by kind, at that moment
   BytesByKind peak{};                     // the largest of each kind
   std::int64_t peak_transient_bytes = 0;  // of activations, saved values and workspace together
+  std::int64_t host_peak_bytes = 0;       // of values that left for host memory meanwhile
   std::int64_t forward_flops = 0, replay_flops = 0, backward_flops = 0;
   TapeReport tape;
 };

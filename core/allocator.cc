@@ -193,12 +193,20 @@ std::string Allocator::timeline_json() const {
 }
 
 Allocator& allocator(Device device) {
-  if (device.kind == DeviceKind::cpu) {
+  if (device == cpu) {
     static Allocator instance(cpu, std::make_unique<Arena>());
     return instance;
   }
-  if (device.kind == DeviceKind::meta) {
+  if (device == meta) {
     static Allocator instance(meta, std::make_unique<Arena>());
+    return instance;
+  }
+  if (device == host_of(cpu)) {
+    static Allocator instance(host_of(cpu), std::make_unique<Arena>());
+    return instance;
+  }
+  if (device == host_of(meta)) {
+    static Allocator instance(host_of(meta), std::make_unique<Arena>());
     return instance;
   }
   return cuda_allocator(device);
