@@ -35,4 +35,18 @@ StepReport dry_run(const std::function<Variable()>& forward, const Policies& pol
   return measure_step(forward, policies, meta, {}, before_backward);
 }
 
+MemoryPlan plan_step(const std::function<void()>& step) {
+  step();
+  Allocator& memory = allocator(meta);
+  memory.set_trace(true);
+  try {
+    step();
+  } catch (...) {
+    memory.set_trace(false);
+    throw;
+  }
+  memory.set_trace(false);
+  return plan_memory(memory.trace());
+}
+
 }  // namespace reprise

@@ -35,4 +35,9 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
 StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies,
                    const std::function<void(const Tape&)>& before_backward = {});
 
+// Where the blocks of a step lie on a device, from one on meta: the first call of `step` there
+// makes what stays (gradients, states of an optimizer), the second is traced. To be used around the
+// same step on the device, from its second on: Allocator::begin_plan.
+MemoryPlan plan_step(const std::function<void()>& step);
+
 }  // namespace reprise

@@ -181,8 +181,16 @@ void CudaStandIn::work(Stream stream, const std::string& name, std::vector<Memor
 
 void CudaStandIn::copy(void* to, const void* from, std::size_t bytes, Stream stream) {
   enter("copy");
-  give(*line(stream),
-       {"copy", {{from, bytes}}, {{to, bytes}}, [=] { std::memcpy(to, from, bytes); }, {}});
+  give(*line(stream), {"copy",
+                       {{from, bytes}},
+                       {{to, bytes}},
+                       [=, this] {
+                         std::memcpy(to, from, bytes);
+                         if (options_.copied) {
+                           options_.copied(to, bytes);
+                         }
+                       },
+                       {}});
 }
 
 void* CudaStandIn::allocate(std::size_t bytes) {
