@@ -142,8 +142,7 @@ Policies Policies::named(std::string_view name) {
 }
 
 std::vector<std::string> Policies::names() {
-  return {"keep-all", "keep-products",         "inputs-only",
-          "nested",   "keep-products+offload", "inputs-only+offload"};
+  return {"keep-all", "keep-products", "inputs-only", "nested", "keep-products+offload"};
 }
 
 }  // namespace reprise

@@ -77,7 +77,7 @@ class Policies {
   // segments hold and keep, and what records outside of them hold, in host memory. Throws Error on
   // another name.
   static Policies named(std::string_view name);
-  // The four, and "inputs-only+offload" and "keep-products+offload".
+  // The four, and "keep-products+offload".
   static std::vector<std::string> names();
 
  private:
