@@ -6,7 +6,9 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
                         Device device, const BackwardOptions& options,
                         const std::function<void(const Tape&)>& before_backward) {
   Allocator& memory = allocator(device);
+  Allocator& host = allocator(host_of(device));
   memory.reset_peak();
+  host.reset_peak();
   Tape tape;
   Tape::Scope scope(tape, policies);
   const Variable loss = forward();
@@ -20,6 +22,7 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
   report.at_peak = used.at_peak;
   report.peak = used.peak;
   report.peak_transient_bytes = used.peak_transient_bytes;
+  report.host_peak_bytes = host.report().peak_bytes;
   report.tape = tape.report();
   report.forward_flops = report.tape.forward_flops;
   report.replay_flops = report.tape.replay_flops;
@@ -30,6 +33,20 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
 StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies,
                    const std::function<void(const Tape&)>& before_backward) {
   return measure_step(forward, policies, meta, {}, before_backward);
+}
+
+MemoryPlan plan_step(const std::function<void()>& step) {
+  step();
+  Allocator& memory = allocator(meta);
+  memory.set_trace(true);
+  try {
+    step();
+  } catch (...) {
+    memory.set_trace(false);
+    throw;
+  }
+  memory.set_trace(false);
+  return plan_memory(memory.trace());
 }
 
 }  // namespace reprise

@@ -17,6 +17,7 @@ struct StepReport {
   BytesByKind at_peak{};                  // by kind, at that moment
   BytesByKind peak{};                     // the largest of each kind
   std::int64_t peak_transient_bytes = 0;  // of activations, saved values and workspace together
+  std::int64_t host_peak_bytes = 0;       // of values that left for host memory meanwhile
   std::int64_t forward_flops = 0, replay_flops = 0, backward_flops = 0;
   TapeReport tape;
 };
@@ -33,5 +34,10 @@ StepReport measure_step(const std::function<Variable()>& forward, const Policies
 // measure_step on meta.
 StepReport dry_run(const std::function<Variable()>& forward, const Policies& policies,
                    const std::function<void(const Tape&)>& before_backward = {});
+
+// Where the blocks of a step lie on a device, from one on meta: the first call of `step` there
+// makes what stays (gradients, states of an optimizer), the second is traced. To be used around the
+// same step on the device, from its second on: Allocator::begin_plan.
+MemoryPlan plan_step(const std::function<void()>& step);
 
 }  // namespace reprise

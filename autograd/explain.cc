@@ -15,6 +15,16 @@ struct ReplayCost {
   std::int64_t records = 0, flops = 0;
 };
 
+std::int64_t bytes_in_host(const Segment& segment) {
+  std::int64_t bytes = 0;
+  for (const auto* values : {&segment.hold, &segment.keep}) {
+    for (const Value* v : *values) {
+      bytes += v->host != nullptr ? v->tensor.bytes() : 0;
+    }
+  }
+  return bytes;
+}
+
 std::int64_t bytes_of(const std::vector<Value*>& values) {
   std::int64_t bytes = 0;
   for (const Value* v : values) {
@@ -50,16 +60,17 @@ ReplayCost replay_cost(TapeState& tape, std::int32_t id) {
 }
 
 std::string explain_segments(TapeState& tape) {
-  std::string text = fmt::format("{:<32} {:>8} {:>14} {:>14} {:>8} {:>14}\n", "segment", "records",
-                                 "held bytes", "kept bytes", "replays", "replay FLOPs");
+  std::string text =
+      fmt::format("{:<32} {:>8} {:>14} {:>14} {:>14} {:>8} {:>14}\n", "segment", "records",
+                  "held bytes", "kept bytes", "in host bytes", "replays", "replay FLOPs");
   for (std::size_t s = 0; s < tape.segments().size(); ++s) {
     const Segment& segment = tape.segments()[s];
     const ReplayCost cost = replay_cost(tape, static_cast<std::int32_t>(s));
     const std::string name =
         std::string(static_cast<std::size_t>(2 * depth_of(tape, segment)), ' ') + segment.name;
-    text +=
-        fmt::format("{:<32} {:>8} {:>14} {:>14} {:>8} {:>14}\n", name, segment.last - segment.first,
-                    bytes_of(segment.hold), bytes_of(segment.keep), cost.records, cost.flops);
+    text += fmt::format("{:<32} {:>8} {:>14} {:>14} {:>14} {:>8} {:>14}\n", name,
+                        segment.last - segment.first, bytes_of(segment.hold),
+                        bytes_of(segment.keep), bytes_in_host(segment), cost.records, cost.flops);
   }
   return text;
 }

@@ -8,10 +8,16 @@
 namespace reprise {
 namespace {
 
-Policy keep_where(std::vector<std::string> names, std::string_view Candidate::*field) {
-  return [names = std::move(names), field](const Candidate& c) {
-    return std::ranges::find(names, c.*field) != names.end() ? Keep::Output : Keep::Drop;
+Offload where(std::initializer_list<std::string_view> names, std::string_view Candidate::*field) {
+  return [names = std::vector<std::string>(names.begin(), names.end()), field](const Candidate& c) {
+    return std::ranges::find(names, c.*field) != names.end();
   };
+}
+
+Policy keep_where(std::initializer_list<std::string_view> names,
+                  std::string_view Candidate::*field) {
+  return
+      [is = where(names, field)](const Candidate& c) { return is(c) ? Keep::Output : Keep::Drop; };
 }
 
 }  // namespace
@@ -25,7 +31,7 @@ Policy keep_inputs() {
 }
 
 Policy keep_ops(std::initializer_list<std::string_view> ops) {
-  return keep_where({ops.begin(), ops.end()}, &Candidate::op);
+  return keep_where(ops, &Candidate::op);
 }
 
 Policy keep_products() {
@@ -33,7 +39,19 @@ Policy keep_products() {
 }
 
 Policy keep_named(std::initializer_list<std::string_view> values) {
-  return keep_where({values.begin(), values.end()}, &Candidate::name);
+  return keep_where(values, &Candidate::name);
+}
+
+Offload offload_all() {
+  return [](const Candidate&) { return true; };
+}
+
+Offload offload_ops(std::initializer_list<std::string_view> ops) {
+  return where(ops, &Candidate::op);
+}
+
+Offload offload_named(std::initializer_list<std::string_view> values) {
+  return where(values, &Candidate::name);
 }
 
 Policy operator|(Policy a, Policy b) {
@@ -56,6 +74,39 @@ Policies& Policies::nest(bool on) {
   return *this;
 }
 
+Policies& Policies::offload(std::string pattern, Offload which) {
+  if (!which) {
+    fail("policy", "what leaves segments \"{}\" is empty", pattern);
+  }
+  offloads_.emplace_back(std::move(pattern), std::move(which));
+  return *this;
+}
+
+Policies& Policies::offload_outside(Offload which) {
+  if (!which) {
+    fail("policy", "what leaves outside of segments is empty");
+  }
+  outside_ = std::move(which);
+  return *this;
+}
+
+Policies& Policies::offload_distance(int ops) {
+  if (ops < 0) {
+    fail("policy", "the distance of values in host memory must be 0 or more ops, got {}", ops);
+  }
+  distance_ = ops;
+  return *this;
+}
+
+const Offload* Policies::find_offload(std::string_view segment) const {
+  for (const auto& [pattern, which] : offloads_) {
+    if (matches(pattern, segment)) {
+      return &which;
+    }
+  }
+  return nullptr;
+}
+
 const Policy& Policies::find(std::string_view segment) const {
   static const Policy kInputs = keep_inputs();
   for (const auto& [pattern, policy] : rules_) {
@@ -67,6 +118,10 @@ const Policy& Policies::find(std::string_view segment) const {
 }
 
 Policies Policies::named(std::string_view name) {
+  constexpr std::string_view kOffload = "+offload";
+  if (name.ends_with(kOffload)) {
+    return named(name.substr(0, name.size() - kOffload.size())).offload("*").offload_outside();
+  }
   Policies policies;
   if (name == "keep-all") {
     return policies.set("*", keep_all());
@@ -80,11 +135,14 @@ Policies Policies::named(std::string_view name) {
   if (name == "nested") {
     return policies.nest();
   }
-  fail("policy", "must be one of keep-all, keep-products, inputs-only, nested, got \"{}\"", name);
+  fail("policy",
+       "must be one of keep-all, keep-products, inputs-only, nested, or one of them with +offload, "
+       "got \"{}\"",
+       name);
 }
 
 std::vector<std::string> Policies::names() {
-  return {"keep-all", "keep-products", "inputs-only", "nested"};
+  return {"keep-all", "keep-products", "inputs-only", "nested", "keep-products+offload"};
 }
 
 }  // namespace reprise

@@ -43,9 +43,8 @@ void Replay::enter(std::int32_t id) {
     if (record.op->is_view()) {
       continue;
     }
-    if (std::ranges::any_of(tape_.outputs(record), [&](const Value* v) {
-          return v->asked == epoch && !v->tensor.has_storage();
-        })) {
+    if (std::ranges::any_of(tape_.outputs(record),
+                            [&](const Value* v) { return v->asked == epoch && !v->at_hand(); })) {
       run.push_back(i);
       for (Value* input : tape_.inputs(record)) {
         if (input != nullptr) {
@@ -55,10 +54,11 @@ void Replay::enter(std::int32_t id) {
       }
     }
   }
-  std::vector<Tensor> inputs;
+  std::vector<Tensor> inputs, layouts;
   for (auto it = run.rbegin(); it != run.rend(); ++it) {
     const Record& record = tape_.records()[static_cast<std::size_t>(*it)];
     const auto values = tape_.inputs(record);
+    tape_.offload.tick();
     inputs.clear();
     for (Value* v : values) {
       inputs.push_back(v != nullptr ? v->read() : Tensor());
@@ -69,7 +69,7 @@ void Replay::enter(std::int32_t id) {
     const auto outputs = tape_.outputs(record);
     for (std::size_t k = 0; k < outputs.size(); ++k) {
       Value& v = *outputs[k];
-      if (v.asked == epoch && !v.tensor.has_storage() && v.need + v.pend > 0) {
+      if (v.asked == epoch && !v.at_hand() && v.need + v.pend > 0) {
         v.tensor.set_storage(forward.outputs()[k]);
         if (v.need > 0) {
           v.tensor.reclassify(MemoryKind::saved);
@@ -77,13 +77,15 @@ void Replay::enter(std::int32_t id) {
         tape_.report.restored_bytes += v.tensor.bytes();
       }
       forward.outputs()[k] = Tensor();
+      tape_.offload.replayed(&v);
     }
-    std::vector<Tensor> layouts;
     tape_.report.replay_flops += record.op->cost(tape_.call(record, layouts)).flops;
+    layouts.clear();  // else they would keep what is let go of
     ++tape_.report.replayed_records;
     for (Value* v : values) {
       if (v != nullptr) {
         drop_pend(v);
+        tape_.offload.replayed(v);
       }
     }
   }

@@ -198,11 +198,12 @@ class Sweep {
       tape_.bind(loss.value());  // a leaf that no op has read: its gradient is let go with the rest
     }
     auto& report = tape_.report;
-    report.replay_flops = report.backward_flops = report.replayed_records = report.restored_bytes =
-        0;
+    report.replay_flops = report.backward_flops = report.replayed_records = 0;
+    report.restored_bytes = report.fetched_bytes = 0;
     tape_.sweeping = true;
     try {
       take_over_forward_needs();
+      tape_.offload.begin_sweep(plan_);
       parameters.start();
       seed(parameters);
       announce_last_reads(plan_.never_read);
@@ -213,6 +214,7 @@ class Sweep {
       check_drained();
       parameters.finish();
       tape_.sweeping = false;
+      tape_.offload.end_sweep();
       if (!options_.keep) {
         tape_.reset();
       }
@@ -275,9 +277,12 @@ class Sweep {
     }
     if (plan_.live[static_cast<std::size_t>(r)] != 0) {
       const Record& record = tape_.records()[static_cast<std::size_t>(r)];
+      tape_.offload.step(r);
       for (std::int32_t s : tape_.path(record.segment)) {
         if (std::ranges::find(entered_, s) == entered_.end()) {
+          tape_.offload.begin_replay(s, r);
           replay_.enter(s);
+          tape_.offload.end_replay();
           entered_.push_back(s);
         }
       }
@@ -339,7 +344,7 @@ class Sweep {
       ensure(v->need == before && v->pend == 0,
              "after the sweep a value of shape {} has {} uses and {} reads, expected {} and 0",
              to_string(v->tensor.shape()), v->need, v->pend, before);
-      ensure(options_.keep || v->handles > 0 || !v->tensor.has_storage(),
+      ensure(options_.keep || v->handles > 0 || !v->at_hand(),
              "after the sweep a value of shape {} is still resident", to_string(v->tensor.shape()));
     }
   }

@@ -26,9 +26,9 @@ SweepPlan::SweepPlan(TapeState& tape, std::span<const Variable> losses,
     : live(tape.records().size()),
       hold(tape.segments().size()),
       keep(tape.segments().size()),
+      runs(tape.segments().size()),
       tape_(tape),
-      may_run_(tape.records().size()),
-      runs_(options.list_reads ? tape.segments().size() : 0) {
+      may_run_(tape.records().size()) {
   check(losses, wrt, options);
   find_live(losses);
   restrict_segments();
@@ -152,9 +152,7 @@ void SweepPlan::restrict_segments() {
     each_wanted(static_cast<std::int32_t>(s), [&](Value* v) { closure.ask(v); });
     closure.run([&](std::int32_t r) {
       may_run_[static_cast<std::size_t>(r)] = 1;
-      if (!runs_.empty()) {
-        runs_[s].push_back(r);
-      }
+      runs[s].push_back(r);
     });
     hold[s] = closure.hold();
     keep[s] = closure.keep();
@@ -249,7 +247,7 @@ void SweepPlan::list_reads() {
       if (std::exchange(entered[static_cast<std::size_t>(s)], char{1}) != 0) {
         continue;
       }
-      const std::vector<std::int32_t>& run = runs_[static_cast<std::size_t>(s)];
+      const std::vector<std::int32_t>& run = runs[static_cast<std::size_t>(s)];
       for (std::size_t i = run.size(); i-- > 0;) {
         std::ranges::for_each(tape_.inputs(tape_.records()[static_cast<std::size_t>(run[i])]),
                               read);

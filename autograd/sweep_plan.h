@@ -38,6 +38,7 @@ struct SweepPlan {
 
   std::vector<char> live;                       // by record: a backward runs
   std::vector<std::vector<Value*>> hold, keep;  // by segment, restricted to what is live
+  std::vector<std::vector<std::int32_t>> runs;  // by segment: what its replay may run, descending
   std::unordered_map<Parameter*, Reader> readers;
   std::vector<std::vector<Parameter*>> last_reads;  // by record, only when asked for
   std::vector<Parameter*> never_read;               // announced, and not read in the sweep at all
@@ -59,7 +60,6 @@ struct SweepPlan {
   TapeState& tape_;
   std::vector<const Parameter*> parameter_losses_;
   std::vector<char> may_run_;
-  std::vector<std::vector<std::int32_t>> runs_;  // by segment: what its replay may run, descending
 };
 
 }  // namespace reprise

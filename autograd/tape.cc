@@ -76,7 +76,7 @@ const Policies& Tape::policies() const {
 OpenSegment::OpenSegment(std::string_view name)
     : tape_(Tape::current()), exceptions_(std::uncaught_exceptions()) {
   if (tape_ != nullptr) {
-    tape_->state().open(name, tape_->policies().find(name));
+    tape_->state().open(name);
   }
 }
 
@@ -201,6 +201,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
     fail(op->name(), "an op cannot run during a sweep (from a callback of backward)");
   }
   begin_report();
+  offload.tick();
   ensure(inputs.size() <= kMaxArity && op->outputs() <= kMaxArity, "{} has more than {} values",
          op->name(), kMaxArity);
   check_inputs(*op, inputs);
@@ -267,6 +268,7 @@ std::vector<Variable> TapeState::record(std::unique_ptr<const Op> op, std::span<
   ++report.records;
   if (open_ < 0) {
     each_saved(records_.back(), [](Value* v) { add_need(v); });
+    offload.held(records_.back());
   } else {
     segments_[static_cast<std::size_t>(open_)].any_gradient |= gradients != 0;
     keep_by_policy(records_.back());
@@ -319,6 +321,8 @@ void TapeState::reset() {
     value->tape = nullptr;
     value->gradient = Tensor();
     value->need = value->pend = 0;
+    value->host.reset();
+    value->leaving = false;
     // A constant of the user's may go onto another tape; all else has lost its history.
     value->stale = value->producer >= 0 || value->is_parameter() || value->is_view();
     if (value->is_parameter()) {
@@ -339,6 +343,7 @@ void TapeState::reset() {
   for (Value* value : values_) {
     release(value);
   }
+  offload.reset();
   records_.clear();
   edges_.clear();
   values_.clear();
@@ -352,14 +357,17 @@ void TapeState::reset() {
   report_ended_ = true;
 }
 
-void TapeState::open(std::string_view name, const Policy& policy) {
+void TapeState::open(std::string_view name) {
   if (sweeping) {
     fail("checkpoint", "segment {} cannot be opened during a sweep", name);
   }
   begin_report();
   Segment segment;
   segment.name = name;
-  segment.policy = policy;
+  segment.policy = policies.find(name);
+  if (const Offload* which = policies.find_offload(name)) {
+    segment.offload = *which;
+  }
   segment.first = segment.last = static_cast<std::int32_t>(records_.size());
   segment.parent = open_;
   const auto id = static_cast<std::int32_t>(segments_.size());
@@ -386,6 +394,9 @@ void TapeState::close() {
     segments_[static_cast<std::size_t>(open_)].any_gradient |= segment.any_gradient;
   }
   fold(id);
+  if (open_ < 0) {
+    offload.held(id);
+  }
 }
 
 }  // namespace reprise

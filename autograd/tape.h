@@ -22,9 +22,11 @@ struct TapeReport {
   std::int64_t segments = 0;
   std::int64_t forward_flops = 0, replay_flops = 0, backward_flops = 0;
   std::int64_t replayed_records = 0;
-  std::int64_t dropped_bytes = 0;   // of values that the tape let go and a replay can restore
-  std::int64_t restored_bytes = 0;  // by replays
-  std::int64_t pinned_bytes = 0;    // held only by the user's handles when the sweep began
+  std::int64_t dropped_bytes = 0;    // of values that the tape let go and a replay can restore
+  std::int64_t restored_bytes = 0;   // by replays
+  std::int64_t offloaded_bytes = 0;  // of values that left for host memory
+  std::int64_t fetched_bytes = 0;    // of those that came back from there
+  std::int64_t pinned_bytes = 0;     // held only by the user's handles when the sweep began
 };
 
 class TapeState;  // records, values, segments: autograd/tape_state.h
@@ -166,10 +168,11 @@ void backward(const Variable& loss, const BackwardOptions& options = {});
 std::vector<Tensor> grad(std::span<const Variable> losses, std::span<const Variable> wrt,
                          const BackwardOptions& options = {});
 
-// A table for people: per segment the bytes held (made outside of it) and kept (made inside), and
-// records and FLOPs of its replay were nothing inside pinned; per parameter who reads it and how
-// often; the values that only handles keep, by name. To be called before backward, which lets go of
-// all that it tells: in BackwardOptions::on_plan at the latest.
+// A table for people: per segment the bytes held (made outside of it) and kept (made inside), what
+// of them is in host memory by now, and records and FLOPs of its replay were nothing inside pinned;
+// per parameter who reads it and how often; the values that only handles keep, by name. To be
+// called before backward, which lets go of all that it tells: in BackwardOptions::on_plan at the
+// latest.
 std::string explain(const Tape& tape);
 
 }  // namespace reprise

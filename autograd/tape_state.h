@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "autograd/offload.h"
 #include "autograd/op.h"
 #include "autograd/policy.h"
 #include "autograd/segment_label.h"
@@ -34,6 +35,7 @@ struct Record {
 struct Segment {
   std::string name;
   Policy policy;
+  Offload offload;                   // empty: nothing leaves
   std::int32_t first = 0, last = 0;  // records [first, last)
   std::int32_t parent = -1;
   std::int64_t number = 0;  // in order of opening; counts segments that were truncated
@@ -54,7 +56,7 @@ class TapeState {
   std::vector<Variable> record(std::unique_ptr<const Op> op, std::span<Variable> inputs,
                                bool gradients_on);
   Value* leaf(const Parameter& parameter);
-  void open(std::string_view name, const Policy& policy);
+  void open(std::string_view name);
   void close();
   void name_value(Value* value, std::string_view name);
   void reset();
@@ -125,6 +127,7 @@ class TapeState {
 
   TapeReport report;
   Policies policies;
+  OffloadSchedule offload{*this};
   bool sweeping = false;
   bool check_finite = false;
 

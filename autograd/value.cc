@@ -6,13 +6,14 @@ namespace reprise {
 namespace {
 
 void release_if_unused(Value* root) {
-  if (root->handles + root->need + root->pend != 0 || root->is_parameter() ||
-      !root->tensor.has_storage()) {
+  if (root->handles + root->need + root->pend != 0 || root->is_parameter() || !root->at_hand()) {
     return;
   }
   if (root->tape != nullptr) {
     root->tape->on_drop(*root);
   }
+  root->host.reset();
+  root->leaving = false;
   root->tensor.drop_storage();
 }
 
@@ -26,6 +27,9 @@ void show_kind(Value* root) {
 }  // namespace
 
 Tensor Value::read() const {
+  if (root->host != nullptr) {
+    bring_back(*root);
+  }
   if (root->outlived() && !root->tensor.has_storage()) {
     fail("tensor", "parameter {} was destroyed", root->life->name);
   }
@@ -69,6 +73,9 @@ void drop_handle(Value* value) {
   if (--root->handles == 0) {
     release_if_unused(root);
     show_kind(root);
+    if (root->leaving && root->tape != nullptr) {
+      root->tape->offload.let_go(root);
+    }
   }
   release(value);
 }

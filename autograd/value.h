@@ -2,7 +2,8 @@
 //
 // A value is resident while handles + need + pend > 0. The three counts sit on the root of a
 // buffer; a view is a layout over its root and has no storage of its own. Parameters are leaves,
-// always resident, outside the counting.
+// always resident, outside the counting. A value that only a policy's needs keep may be in host
+// memory instead (autograd/offload.h); reading it brings it back.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "autograd/parameter.h"
+#include "core/host_copy.h"
 #include "core/tensor.h"
 
 namespace reprise {
@@ -30,17 +32,19 @@ struct Value {
   bool stale = false;              // its tape has forgotten how it was made
   Parameter* parameter = nullptr;  // of a parameter's leaf; not to be followed once life has ended
   std::shared_ptr<const ParameterLife> life;
-  std::uint64_t version = 0;    // of the parameter when it was read
-  std::uint32_t asked = 0;      // equal to the tape's epoch: in the set being built
-  std::uint32_t candidate = 0;  // the same, for a second set
-  std::uint32_t reached = 0;    // the same, for the losses' history
-  Tensor tensor;                // the layout, and of a resident root the storage
-  Tensor gradient;              // in a sweep
+  std::uint64_t version = 0;       // of the parameter when it was read
+  std::uint32_t asked = 0;         // equal to the tape's epoch: in the set being built
+  std::uint32_t candidate = 0;     // the same, for a second set
+  std::uint32_t reached = 0;       // the same, for the losses' history
+  Tensor tensor;                   // the layout, and of a resident root the storage
+  Tensor gradient;                 // in a sweep
+  std::unique_ptr<HostCopy> host;  // of a root in host memory, or on its way there or back
+  bool leaving = false;            // of a root: it goes there once no handle is left
   std::unique_ptr<std::vector<std::string>> names;  // of a root: given to it or to a view of it
 
   bool is_view() const { return root != this; }
   bool is_parameter() const { return parameter != nullptr; }
-  bool resident() const { return is_parameter() || tensor.has_storage(); }  // of a root
+  bool at_hand() const { return tensor.has_storage() || host != nullptr; }  // of a root
   bool outlived() const { return life != nullptr && life->ended; }          // of a parameter's leaf
   // The tensor with its elements; throws InternalError when it is dropped, Error when it is of a
   // parameter that was destroyed.

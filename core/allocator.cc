@@ -61,7 +61,8 @@ void Allocator::add_event(std::int64_t delta_bytes, MemoryKind kind, std::uint32
   }
 }
 
-void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment) {
+void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment,
+                          std::uint64_t& number) {
   std::lock_guard lock(mutex_);
   if (fault_) {
     fault_(bytes);
@@ -69,21 +70,30 @@ void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::ui
   void* at = nullptr;
   if (real && bytes > 0) {
     if (guard_ && device_.kind != DeviceKind::cuda) {
-      auto* block = static_cast<unsigned char*>(source_->allocate(bytes + 2 * kGuardBytes));
+      auto* block = static_cast<unsigned char*>(source_.allocate(bytes + 2 * kGuardBytes));
       std::memset(block, kGuardByte, kGuardBytes);
       std::memset(block + kGuardBytes + bytes, kGuardByte, kGuardBytes);
       at = block + kGuardBytes;
     } else {
-      at = source_->allocate(bytes);
+      at = source_.allocate(bytes);
     }
   }
   segment = label_;
+  number = 0;
+  if (tracing_ && bytes > 0) {
+    number = trace_begin_ + trace_.size();
+    trace_.push_back({static_cast<std::int64_t>(bytes), trace_clock_++, Lifetime::kOpen});
+  }
   count(static_cast<std::int64_t>(bytes), kind, segment);
   return at;
 }
 
-void Allocator::free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment) noexcept {
+void Allocator::free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment,
+                     std::uint64_t number) noexcept {
   std::lock_guard lock(mutex_);
+  if (tracing_ && number >= trace_begin_) {
+    trace_[number - trace_begin_].end = trace_clock_++;
+  }
   count(-static_cast<std::int64_t>(bytes), kind, segment);
   if (at == nullptr) {
     return;
@@ -97,9 +107,9 @@ void Allocator::free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t
     if (!intact(block) || !intact(block + kGuardBytes + bytes)) {
       ++damaged_;
     }
-    source_->free(block, bytes + 2 * kGuardBytes);
+    source_.free(block, bytes + 2 * kGuardBytes);
   } else {
-    source_->free(at, bytes);
+    source_.free(at, bytes);
   }
 }
 
@@ -165,6 +175,32 @@ void Allocator::set_fault(std::function<void(std::size_t)> fault) {
   fault_ = std::move(fault);
 }
 
+void Allocator::set_trace(bool on) {
+  std::lock_guard lock(mutex_);
+  tracing_ = on;
+  if (on) {
+    trace_begin_ += trace_.size();
+    trace_.clear();
+    trace_clock_ = 0;
+  }
+}
+
+std::vector<Lifetime> Allocator::trace() const {
+  std::lock_guard lock(mutex_);
+  return trace_;
+}
+
+void Allocator::begin_plan(std::shared_ptr<const MemoryPlan> plan) {
+  std::lock_guard lock(mutex_);
+  source_.begin(std::move(plan));
+}
+
+Allocator::PlanUse Allocator::end_plan() {
+  std::lock_guard lock(mutex_);
+  source_.end();
+  return {source_.reserved_bytes(), source_.strays()};
+}
+
 void Allocator::set_timeline(bool on) {
   std::lock_guard lock(mutex_);
   timeline_ = on;
@@ -193,12 +229,20 @@ std::string Allocator::timeline_json() const {
 }
 
 Allocator& allocator(Device device) {
-  if (device.kind == DeviceKind::cpu) {
+  if (device == cpu) {
     static Allocator instance(cpu, std::make_unique<Arena>());
     return instance;
   }
-  if (device.kind == DeviceKind::meta) {
+  if (device == meta) {
     static Allocator instance(meta, std::make_unique<Arena>());
+    return instance;
+  }
+  if (device == host_of(cpu)) {
+    static Allocator instance(host_of(cpu), std::make_unique<Arena>());
+    return instance;
+  }
+  if (device == host_of(meta)) {
+    static Allocator instance(host_of(meta), std::make_unique<Arena>());
     return instance;
   }
   return cuda_allocator(device);
@@ -209,7 +253,7 @@ Storage* Storage::allocate(std::size_t bytes, Device device, MemoryKind kind, bo
   storage->bytes = bytes;
   storage->kind = kind;
   storage->device = device;
-  storage->data = allocator(device).allocate(bytes, kind, real, storage->segment);
+  storage->data = allocator(device).allocate(bytes, kind, real, storage->segment, storage->number);
   return storage.release();
 }
 
@@ -232,7 +276,7 @@ void Storage::reclassify(MemoryKind to) {
 void Storage::release() noexcept {
   if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) {
     if (!owner) {
-      allocator(device).free(data, bytes, kind, segment);
+      allocator(device).free(data, bytes, kind, segment, number);
     }
     delete this;
   }

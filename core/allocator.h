@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/memory_plan.h"
 
 namespace reprise {
 
@@ -62,8 +63,11 @@ class Allocator {
   Allocator(const Allocator&) = delete;
 
   // `real` false counts the bytes and returns null (floating tensors on meta).
-  void* allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment);
-  void free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment) noexcept;
+  // `number` is the block's in the trace under way.
+  void* allocate(std::size_t bytes, MemoryKind kind, bool real, std::uint32_t& segment,
+                 std::uint64_t& number);
+  void free(void* at, std::size_t bytes, MemoryKind kind, std::uint32_t segment,
+            std::uint64_t number) noexcept;
   // The same bytes now serve another purpose.
   void reclassify(std::size_t bytes, MemoryKind from, MemoryKind to, std::uint32_t segment);
 
@@ -83,6 +87,19 @@ class Allocator {
   // Called before each allocation with its size; may throw to play an exhausted device.
   void set_fault(std::function<void(std::size_t bytes)> fault);
 
+  // Writes down the lifetime of each block that is allocated from here on; what was written down
+  // before is forgotten.
+  void set_trace(bool on);
+  std::vector<Lifetime> trace() const;
+  // Blocks lie where the plan says, until end_plan(): for a step that allocates what the traced one
+  // did. Throws Error while another is in use.
+  void begin_plan(std::shared_ptr<const MemoryPlan> plan);
+  struct PlanUse {
+    std::int64_t reserved_bytes = 0;
+    std::int64_t strays = 0;  // blocks that were not where the plan says: 0, or the step differed
+  };
+  PlanUse end_plan();
+
   // Records (time, live bytes, kind, segment) at each change while on.
   void set_timeline(bool on);
   // {"device": ..., "events": [[microseconds, live_bytes, delta_bytes, "kind", "segment"], ...]}.
@@ -99,7 +116,7 @@ class Allocator {
   void add_event(std::int64_t delta_bytes, MemoryKind kind, std::uint32_t segment);
 
   const Device device_;
-  const std::unique_ptr<MemorySource> source_;
+  PlannedArena source_;
   mutable std::mutex mutex_;
   std::int64_t live_bytes_ = 0, peak_bytes_ = 0;
   std::int64_t transient_bytes() const;
@@ -114,6 +131,10 @@ class Allocator {
   std::int64_t damaged_ = 0;
   std::function<void(std::size_t)> fault_;
   std::vector<Event> events_;
+  bool tracing_ = false;
+  std::uint64_t trace_begin_ = 1;  // the number of its first block; numbers are never used again
+  std::int64_t trace_clock_ = 0;
+  std::vector<Lifetime> trace_;
   std::chrono::steady_clock::time_point start_;
 };
 
@@ -127,6 +148,7 @@ struct Storage {
   MemoryKind kind = MemoryKind::activations;
   Device device;
   std::uint32_t segment = 0;
+  std::uint64_t number = 0;  // in the allocator's trace
   std::atomic<std::int32_t> references{1};
   std::shared_ptr<void> owner;  // set when the memory is not the allocator's
 

@@ -1,5 +1,5 @@
-// The cuda device by the CUDA runtime. Memory is ordered by the one stream that this process uses
-// on a device, so a block that is freed can be handed out again at once.
+// The cuda device by the CUDA runtime. Memory is ordered by the device's compute stream, so a block
+// that is freed can be handed out again at once (core/streams.h says what others have to do).
 #include "core/cuda_device.h"
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include <cuda_runtime_api.h>
 
 #include "core/error.h"
+#include "core/pinned_memory.h"
+#include "core/step_graph.h"
 
 namespace reprise {
 namespace {
@@ -44,22 +46,99 @@ class Current {
   bool changed_ = false;
 };
 
-// Made at its first use and never destroyed: the driver may be gone before static objects are.
-cudaStream_t stream_of(Device device) {
-  static std::mutex mutex;
-  static std::array<cudaStream_t, kMostDevices> streams{};
-  const Current current(device);
-  const std::lock_guard lock(mutex);
-  cudaStream_t& stream = streams.at(static_cast<std::size_t>(device.index));
-  if (stream == nullptr) {
+// The runtime, for one device.
+class RuntimeCalls final : public CudaCalls {
+ public:
+  explicit RuntimeCalls(Device device) : device_(device) {}
+  void use_device() override { cuda_check("cuda", cudaSetDevice(device_.index)); }
+  Stream make_stream() override {
+    cudaStream_t stream = nullptr;
     cuda_check("cuda", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    return stream;
   }
-  return stream;
+  void destroy_stream(Stream stream) noexcept override {
+    cudaStreamDestroy(static_cast<cudaStream_t>(stream));
+  }
+  Event make_event() override {
+    cudaEvent_t event = nullptr;
+    cuda_check("cuda", cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return event;
+  }
+  void destroy_event(Event event) noexcept override {
+    cudaEventDestroy(static_cast<cudaEvent_t>(event));
+  }
+  void record(Event event, Stream stream) override {
+    cuda_check("cuda",
+               cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream)));
+  }
+  void wait(Stream stream, Event event) override {
+    cuda_check("cuda", cudaStreamWaitEvent(static_cast<cudaStream_t>(stream),
+                                           static_cast<cudaEvent_t>(event), 0));
+  }
+  void synchronize(Stream stream) override {
+    expect_not_capturing("cuda_synchronize", "the host waits for the device");
+    cuda_check("cuda_synchronize", cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+  }
+  void* allocate(std::size_t bytes) override {
+    void* at = nullptr;
+    return or_null(cudaMalloc(&at, bytes), at);
+  }
+  void free(void* at) noexcept override { cudaFree(at); }
+  void* allocate_pinned(std::size_t bytes) override {
+    expect_not_capturing("allocate", "page-locked memory that no earlier step has left");
+    void* at = nullptr;
+    return or_null(cudaHostAlloc(&at, bytes, cudaHostAllocDefault), at);
+  }
+  void free_pinned(void* at) noexcept override { cudaFreeHost(at); }
+  void copy(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    cuda_check("cuda_copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault,
+                                            static_cast<cudaStream_t>(stream)));
+  }
+  void begin_capture(Stream stream) override {
+    cuda_check("capture", cudaStreamBeginCapture(static_cast<cudaStream_t>(stream),
+                                                 cudaStreamCaptureModeThreadLocal));
+  }
+  Graph end_capture(Stream stream) override {
+    cudaGraph_t captured = nullptr;
+    cuda_check("capture", cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &captured));
+    cudaGraphExec_t graph = nullptr;
+    const cudaError_t status = cudaGraphInstantiate(&graph, captured, 0);
+    cudaGraphDestroy(captured);
+    cuda_check("capture", status);
+    return graph;
+  }
+  void launch(Graph graph, Stream stream) override {
+    cuda_check("launch", cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph),
+                                         static_cast<cudaStream_t>(stream)));
+  }
+  void destroy_graph(Graph graph) noexcept override {
+    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+  }
+
+ private:
+  static void* or_null(cudaError_t status, void* at) {
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    cuda_check("cuda", status);
+    return at;
+  }
+
+  const Device device_;
+};
+
+std::shared_ptr<CudaCalls> calls_of(Device device) {
+  return std::make_shared<RuntimeCalls>(device);
+}
+
+cudaStream_t stream_of(Device device) {
+  return static_cast<cudaStream_t>(cuda_streams(device).stream(StreamKind::compute));
 }
 
 struct Allocators {
   std::mutex mutex;
-  std::array<std::unique_ptr<Allocator>, kMostDevices> made;
+  std::array<std::unique_ptr<Allocator>, kMostDevices> made, host;
 };
 Allocators& allocators() {
   static Allocators all;
@@ -117,7 +196,39 @@ int cuda_device_count() {
   return count;
 }
 
+// Made at its first use and never destroyed: the driver may be gone before static objects are.
+Streams& cuda_streams(Device device) {
+  static std::mutex mutex;
+  static std::array<Streams*, kMostDevices> made{};
+  const Current current(device);
+  const std::lock_guard lock(mutex);
+  Streams*& streams = made.at(static_cast<std::size_t>(device.index));
+  if (streams == nullptr) {
+    streams = new Streams(calls_of(device));
+  }
+  return *streams;
+}
+
+namespace {
+
+// The account of host memory of the device that `host` is of (host_of).
+Allocator& pinned_allocator(Device host) {
+  const Device device{DeviceKind::cuda, static_cast<std::int8_t>(host.index - 2)};
+  const Current current(device);
+  const std::lock_guard lock(allocators().mutex);
+  auto& made = allocators().host.at(static_cast<std::size_t>(device.index));
+  if (made == nullptr) {
+    made = std::make_unique<Allocator>(host, std::make_unique<PinnedMemory>(calls_of(device)));
+  }
+  return *made;
+}
+
+}  // namespace
+
 Allocator& cuda_allocator(Device device) {
+  if (device.kind == DeviceKind::cpu) {
+    return pinned_allocator(device);
+  }
   const Current current(device);
   const std::lock_guard lock(allocators().mutex);
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
@@ -143,6 +254,9 @@ void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
   const bool to_cuda = to_device.kind == DeviceKind::cuda;
   const bool from_cuda = from_device.kind == DeviceKind::cuda;
   const Device on = to_cuda ? to_device : from_device;
+  if (!to_cuda || !from_cuda) {
+    expect_not_capturing("cuda_copy", "the host reads or writes elements");
+  }
   const Current current(on);
   const cudaStream_t stream = stream_of(on);
   if (to_cuda && from_cuda && !(to_device == from_device)) {
@@ -161,6 +275,7 @@ void cuda_zero(void* at, Device device, std::size_t bytes) {
 }
 
 void cuda_synchronize(Device device) {
+  expect_not_capturing("cuda_synchronize", "the host waits for the device");
   const Current current(device);
   cuda_check("cuda_synchronize", cudaStreamSynchronize(stream_of(device)));
 }

@@ -7,13 +7,17 @@
 
 #include "core/allocator.h"
 #include "core/device.h"
+#include "core/streams.h"
 
 namespace reprise {
 
 // Number of usable devices; 0 without a driver, a device, or CUDA in the build.
 int cuda_device_count();
-// Throws Error when the device is not there.
+// Of a cuda device, or of its page-locked host memory (host_of). Throws Error when the device is
+// not there.
 Allocator& cuda_allocator(Device device);
+// The streams of the device; compute is cuda_stream(). Throws Error when it is not there.
+Streams& cuda_streams(Device device);
 // Devices whose allocator exists: memory was asked of them.
 std::vector<Device> cuda_devices_in_use();
 // Copies between host and device, or between devices, in order of the current stream; returns

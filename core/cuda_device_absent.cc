@@ -19,6 +19,9 @@ int cuda_device_count() {
 Allocator& cuda_allocator(Device) {
   absent();
 }
+Streams& cuda_streams(Device) {
+  absent();
+}
 std::vector<Device> cuda_devices_in_use() {
   return {};
 }

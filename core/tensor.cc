@@ -383,6 +383,10 @@ std::int64_t Tensor::storage_bytes() const {
   return storage_ == nullptr ? 0 : static_cast<std::int64_t>(storage_->bytes);
 }
 
+bool Tensor::is_external() const {
+  return storage_ != nullptr && storage_->owner != nullptr;
+}
+
 MemoryKind Tensor::kind() const {
   return storage_ == nullptr ? MemoryKind::activations : storage_->kind;
 }

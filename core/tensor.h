@@ -126,6 +126,8 @@ class Tensor {
   // References to the storage, this one counted.
   std::int32_t storage_references() const;
   std::int64_t storage_bytes() const;
+  // Whether the memory is somebody else's (wrap).
+  bool is_external() const;
   MemoryKind kind() const;
   void reclassify(MemoryKind kind) const;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -72,25 +73,8 @@ AdamWScalars scalars_of(const AdamWTensor& t, const AdamWSettings& s) {
           static_cast<float>(s.epsilon)};
 }
 
-}  // namespace
-
-void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) {
-  check_settings(settings);
-  if (tensors.empty()) {
-    return;
-  }
-  const Device device = tensors[0].value.device();
-  std::vector<std::int64_t> firsts{0};  // the first chunk of each tensor
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    check_tensor(i, tensors[i], device);
-    firsts.push_back(firsts.back() +
-                     (tensors[i].value.numel() + kChunkElements - 1) / kChunkElements);
-  }
-  if (device.kind == DeviceKind::meta) {
-    return;
-  }
+std::vector<AdamWRun> runs_of(std::span<const AdamWTensor> tensors) {
   std::vector<AdamWRun> runs(tensors.size());
-  std::vector<AdamWScalars> scalars(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const AdamWTensor& t = tensors[i];
     if (t.value.numel() > 0) {
@@ -102,15 +86,23 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
                  t.value.dtype(),
                  t.gradient.dtype(),
                  t.m.dtype()};
-      scalars[i] = scalars_of(t, settings);
     }
   }
-  if (device.kind == DeviceKind::cuda) {
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], scalars[i], tensors[i].value.numel(),
-                                                 cuda_stream(device)));
-    }
-    return;
+  return runs;
+}
+
+void check_tensors(std::span<const AdamWTensor> tensors) {
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    check_tensor(i, tensors[i], tensors[0].value.device());
+  }
+}
+
+// Chunks of a fixed size over all tensors together.
+void run_on_cpu(std::span<const AdamWTensor> tensors, std::span<const AdamWScalars> scalars) {
+  const std::vector<AdamWRun> runs = runs_of(tensors);
+  std::vector<std::int64_t> firsts{0};  // the first chunk of each tensor
+  for (const AdamWTensor& t : tensors) {
+    firsts.push_back(firsts.back() + (t.value.numel() + kChunkElements - 1) / kChunkElements);
   }
   parallel_for(firsts.back(), 1, [&](std::int64_t chunk, std::int64_t) {
     const auto next = std::upper_bound(firsts.begin(), firsts.end(), chunk);
@@ -119,6 +111,75 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
     cpu::adamw_run(runs[i], scalars[i], begin,
                    std::min(tensors[i].value.numel(), begin + kChunkElements));
   });
+}
+
+}  // namespace
+
+void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) {
+  check_settings(settings);
+  if (tensors.empty()) {
+    return;
+  }
+  check_tensors(tensors);
+  const Device device = tensors[0].value.device();
+  if (device.kind == DeviceKind::meta) {
+    return;
+  }
+  std::vector<AdamWScalars> scalars;
+  for (const AdamWTensor& t : tensors) {
+    scalars.push_back(scalars_of(t, settings));
+  }
+  if (device.kind == DeviceKind::cuda) {
+    const std::vector<AdamWRun> runs = runs_of(tensors);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], scalars[i], tensors[i].value.numel(),
+                                                 cuda_stream(device)));
+    }
+    return;
+  }
+  run_on_cpu(tensors, scalars);
+}
+
+static_assert(sizeof(AdamWScalars) == kAdamWScalars * sizeof(float));
+
+Tensor adamw_scalars(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) {
+  check_settings(settings);
+  const auto count = static_cast<std::int64_t>(tensors.size());
+  const Tensor scalars = Tensor::empty({count, kAdamWScalars}, DType::f32);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const AdamWScalars row = scalars_of(tensors[i], settings);
+    std::memcpy(scalars.data<float>() + static_cast<std::int64_t>(i) * kAdamWScalars, &row,
+                sizeof(row));
+  }
+  return scalars;
+}
+
+void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars) {
+  const auto count = static_cast<std::int64_t>(tensors.size());
+  expect_dtype("adamw", "scalars", scalars, DType::f32);
+  expect_shape("adamw", "scalars", scalars, {count, kAdamWScalars}, "[tensors, scalars]");
+  if (tensors.empty()) {
+    return;
+  }
+  check_tensors(tensors);
+  const Device device = tensors[0].value.device();
+  expect_device("adamw", "scalars", scalars, device);
+  expect_contiguous("adamw", "scalars", scalars);
+  if (device.kind == DeviceKind::meta) {
+    return;
+  }
+  if (device.kind == DeviceKind::cuda) {
+    const std::vector<AdamWRun> runs = runs_of(tensors);
+    [[maybe_unused]] const auto* rows = static_cast<const AdamWScalars*>(scalars.raw());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], rows + i, tensors[i].value.numel(),
+                                                 cuda_stream(device)));
+    }
+    return;
+  }
+  std::vector<AdamWScalars> rows(tensors.size());
+  std::memcpy(rows.data(), scalars.raw(), rows.size() * sizeof(AdamWScalars));
+  run_on_cpu(tensors, rows);
 }
 
 }  // namespace reprise::kernels

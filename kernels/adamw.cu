@@ -35,7 +35,19 @@ struct Step {
   }
 };
 
+struct StepFromMemory {
+  AdamWRun run;
+  const AdamWScalars* c;
+  __device__ void operator()(std::int64_t row, std::int64_t column, int count) const {
+    Step{run, *c}(row, column, count);
+  }
+};
+
 }  // namespace
+
+void adamw_run(const AdamWRun& run, const AdamWScalars* scalars, std::int64_t count, void* stream) {
+  launch_runs("adamw", StepFromMemory{run, scalars}, {1, count}, stream);
+}
 
 void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t count, void* stream) {
   launch_runs("adamw", Step{run, scalars}, {1, count}, stream);

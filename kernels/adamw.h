@@ -40,4 +40,14 @@ struct AdamWSettings {
 
 void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings);
 
+// The same with what changes from step to step in memory: a row of `scalars` for each tensor, f32
+// [tensors, kAdamWScalars] on the tensors' device, contiguous, read when the kernel runs. So a
+// captured step (core/step_graph.h) takes another learning rate and step count at each launch: the
+// scalars are made on the host, copied to the device, and the graph launched. Bitwise the same as
+// with the settings themselves.
+inline constexpr std::int64_t kAdamWScalars = 8;
+// f32 [tensors, kAdamWScalars] in host memory.
+Tensor adamw_scalars(std::span<const AdamWTensor> tensors, const AdamWSettings& settings);
+void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars);
+
 }  // namespace reprise::kernels

@@ -36,6 +36,8 @@ void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t be
 // In order of the stream.
 namespace cuda {
 void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t count, void* stream);
+// The scalars are read from device memory.
+void adamw_run(const AdamWRun& run, const AdamWScalars* scalars, std::int64_t count, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

@@ -93,6 +93,7 @@ MemoryRow measure(Subject& subject, const std::string& policy) {
           .peak_bytes = step.peak_bytes,
           .at_peak = step.at_peak,
           .peak_transient_bytes = step.peak_transient_bytes,
+          .host_peak_bytes = step.host_peak_bytes,
           .forward_flops = step.forward_flops,
           .backward_flops = step.backward_flops,
           .replay_flops = step.replay_flops,
@@ -185,6 +186,7 @@ MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::str
   const auto start = std::chrono::steady_clock::now();
   trainer.set_policies(Policies::named(policy));
   allocator(device).reset_peak();
+  allocator(host_of(device)).reset_peak();
   (void)trainer.step(batch, 1e-4);
   const MemoryReport used = allocator(device).report();
   const TapeReport& tape = trainer.tape_report();
@@ -192,6 +194,7 @@ MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::str
           .peak_bytes = used.peak_bytes,
           .at_peak = used.at_peak,
           .peak_transient_bytes = used.peak_transient_bytes,
+          .host_peak_bytes = allocator(host_of(device)).report().peak_bytes,
           .forward_flops = tape.forward_flops,
           .backward_flops = tape.backward_flops,
           .replay_flops = tape.replay_flops,
@@ -210,7 +213,7 @@ std::string to_text(const MemoryTable& table) {
   std::string text =
       fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW{}\n\n", table.model,
                   table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens, job);
-  text += fmt::format("{:<14} {:>11}", "policy", "peak");
+  text += fmt::format("{:<21} {:>11}", "policy", "peak");
   const auto column = [](std::size_t kind) {
     return std::max<std::size_t>(11, name(static_cast<MemoryKind>(kind)).size());
   };
@@ -222,16 +225,17 @@ std::string to_text(const MemoryTable& table) {
       text += fmt::format(" {:>{}}", name(static_cast<MemoryKind>(kind)), column(kind));
     }
   }
-  text += fmt::format(" {:>9}\n", "replayed");
+  text += fmt::format(" {:>11} {:>9}\n", "in host", "replayed");
   for (const MemoryRow& row : table.rows) {
-    text += fmt::format("{:<14} {:>11}", row.policy, human_bytes(row.peak_bytes));
+    text += fmt::format("{:<21} {:>11}", row.policy, human_bytes(row.peak_bytes));
     for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
       if (shown(kind)) {
         text += fmt::format(" {:>{}}", human_bytes(row.at_peak[kind]), column(kind));
       }
     }
     const auto once = static_cast<double>(row.forward_flops + row.backward_flops);
-    text += fmt::format(" {:>8.1f}%\n", 100 * static_cast<double>(row.replay_flops) / once);
+    text += fmt::format(" {:>11} {:>8.1f}%\n", human_bytes(row.host_peak_bytes),
+                        100 * static_cast<double>(row.replay_flops) / once);
   }
   return text;
 }
@@ -251,7 +255,8 @@ std::string to_json(const MemoryTable& table) {
   for (const MemoryRow& row : table.rows) {
     nlohmann::ordered_json entry = {{"policy", row.policy},
                                     {"peak_bytes", row.peak_bytes},
-                                    {"peak_transient_bytes", row.peak_transient_bytes}};
+                                    {"peak_transient_bytes", row.peak_transient_bytes},
+                                    {"host_peak_bytes", row.host_peak_bytes}};
     for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
       entry["at_peak"][std::string(name(static_cast<MemoryKind>(kind)))] = row.at_peak[kind];
     }

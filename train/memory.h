@@ -30,6 +30,7 @@ struct MemoryRow {
   std::int64_t peak_bytes = 0;            // all together, at most
   BytesByKind at_peak{};                  // what they were then
   std::int64_t peak_transient_bytes = 0;  // activations, saved values and workspace, at most
+  std::int64_t host_peak_bytes = 0;       // of values that left the device, at most
   std::int64_t forward_flops = 0, backward_flops = 0, replay_flops = 0;
   double seconds = 0;  // that the dry run took
 };

@@ -52,9 +52,10 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
     PolicyRow row;
     row.policy = name;
     zero_gradients(meta_model);
-    row.predicted_bytes =
-        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name))
-            .peak_transient_bytes;
+    const StepReport predicted =
+        dry_run([&] { return meta_model.loss(meta_batch); }, Policies::named(name));
+    row.predicted_bytes = predicted.peak_transient_bytes;
+    row.predicted_host_bytes = predicted.host_peak_bytes;
     zero_gradients(meta_model);
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
@@ -73,6 +74,7 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
               .count());
       row.measured_bytes = step.peak_transient_bytes;
+      row.measured_host_bytes = step.host_peak_bytes;
       row.replayed_records = step.tape.replayed_records;
     }
     std::ranges::sort(times);
@@ -85,12 +87,14 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
 }
 
 std::string to_string(const std::vector<PolicyRow>& rows) {
-  std::string text = fmt::format("{:<14} {:>12} {:>12} {:>10} {:>10}  {}\n", "policy", "predicted",
-                                 "measured", "step", "replayed", "digest of all gradients");
+  std::string text =
+      fmt::format("{:<21} {:>12} {:>12} {:>12} {:>10} {:>10}  {}\n", "policy", "predicted",
+                  "measured", "in host", "step", "replayed", "digest of all gradients");
   for (const PolicyRow& row : rows) {
-    text += fmt::format("{:<14} {:>12} {:>12} {:>7.1f} ms {:>10}  {}\n", row.policy,
+    text += fmt::format("{:<21} {:>12} {:>12} {:>12} {:>7.1f} ms {:>10}  {}\n", row.policy,
                         human_bytes(row.predicted_bytes), human_bytes(row.measured_bytes),
-                        row.step_ms, row.replayed_records, row.digest);
+                        human_bytes(row.measured_host_bytes), row.step_ms, row.replayed_records,
+                        row.digest);
   }
   return text;
 }
@@ -99,6 +103,7 @@ bool agree(const std::vector<PolicyRow>& rows) {
   return std::ranges::all_of(rows, [&](const PolicyRow& row) {
     const auto difference = static_cast<double>(std::abs(row.predicted_bytes - row.measured_bytes));
     return row.digest == rows.front().digest &&
+           row.predicted_host_bytes == row.measured_host_bytes &&
            difference <= 0.01 * static_cast<double>(row.measured_bytes);
   });
 }

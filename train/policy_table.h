@@ -17,6 +17,8 @@ struct PolicyRow {
   std::string policy;
   std::int64_t predicted_bytes = 0;  // activations, saved values and workspace, at most
   std::int64_t measured_bytes = 0;
+  std::int64_t predicted_host_bytes = 0;  // of values that left for host memory, at most
+  std::int64_t measured_host_bytes = 0;
   double step_ms = 0;  // forward and backward, median
   std::int64_t replayed_records = 0;
   std::string digest;  // of names and bytes of all gradients
@@ -30,7 +32,8 @@ std::string gradient_digest(const std::vector<Parameter*>& parameters);
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
                                     int repeats = 3, const SweepHooks& hooks = {});
 std::string to_string(const std::vector<PolicyRow>& rows);
-// True when every row has the same digest, and each prediction is within 1% of what was measured.
+// True when every row has the same digest, and each prediction is within 1% of what was measured,
+// that of host memory exact.
 bool agree(const std::vector<PolicyRow>& rows);
 
 }  // namespace reprise::train

@@ -334,9 +334,11 @@ absl::Status check_weights(const WeightFolder& weights, Model& model) {
 class CountedView {
  public:
   explicit CountedView(Tensor view) : view_(std::move(view)) {
-    allocator(cpu).allocate(bytes(), MemoryKind::parameters, /*real=*/false, segment_);
+    allocator(cpu).allocate(bytes(), MemoryKind::parameters, /*real=*/false, segment_, number_);
   }
-  ~CountedView() { allocator(cpu).free(nullptr, bytes(), MemoryKind::parameters, segment_); }
+  ~CountedView() {
+    allocator(cpu).free(nullptr, bytes(), MemoryKind::parameters, segment_, number_);
+  }
   CountedView(const CountedView&) = delete;
 
   static Tensor of(Tensor view) {
@@ -351,6 +353,7 @@ class CountedView {
 
   Tensor view_;
   std::uint32_t segment_ = 0;
+  std::uint64_t number_ = 0;
 };
 
 // Of a folder that was checked.

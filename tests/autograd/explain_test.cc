@@ -32,12 +32,12 @@ class Explain : public TapeTest {
 // The outer segment's replay: mul, the inner mul, tanh and square, add, tanh; nobody asks for its
 // last square. Then the inner one has its start and its tanh, and replays nothing.
 constexpr const char* kExpected =
-    "segment                           records     held bytes     kept bytes  replays   replay "
-    "FLOPs\n"
-    "outer                                   7             16              0        6             "
-    "24\n"
-    "  inner                                 3             16             16        0              "
-    "0\n"
+    "segment                           records     held bytes     kept bytes  in host bytes  "
+    "replays   replay FLOPs\n"
+    "outer                                   7             16              0              0        "
+    "6             24\n"
+    "  inner                                 3             16             16              0        "
+    "0              0\n"
     "\n"
     "parameter                                 reads  read by\n"
     "block.weight                                  3  toy_mul x1, toy_mul in inner x1, toy_mul in "
@@ -94,13 +94,14 @@ TEST_F(Explain, ADryRunGivesTheSameTape) {
 
 TEST_F(Explain, ATapeWithoutRecordsHasOnlyTheHeadings) {
   Tape tape;
-  EXPECT_EQ(explain(tape),
-            "segment                           records     held bytes     kept bytes  replays   "
-            "replay FLOPs\n"
-            "\n"
-            "parameter                                 reads  read by\n"
-            "\n"
-            "pinned by handles: 0 bytes\n");
+  EXPECT_EQ(
+      explain(tape),
+      "segment                           records     held bytes     kept bytes  in host bytes  "
+      "replays   replay FLOPs\n"
+      "\n"
+      "parameter                                 reads  read by\n"
+      "\n"
+      "pinned by handles: 0 bytes\n");
 }
 
 }  // namespace

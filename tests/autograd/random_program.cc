@@ -344,6 +344,38 @@ std::string to_string(const Program& program) {
   return text;
 }
 
+namespace {
+
+void draw_offload(std::mt19937_64& random, Policies& policies) {
+  auto draw = [&]() -> Offload {
+    switch (random() % 3) {
+      case 0:
+        return offload_ops({"toy_mul", "toy_tanh", "toy_add"});
+      case 1:
+        return [salt = random()](const Candidate& c) {
+          return philox(salt, static_cast<std::uint64_t>(c.ordinal) * 64 + c.op.size())[0] % 2 == 0;
+        };
+      default:
+        return offload_all();
+    }
+  };
+  switch (random() % 4) {
+    case 0:
+      return;
+    case 1:
+      policies.offload("s" + std::to_string(random() % 3), draw());
+      break;
+    default:
+      policies.offload("*", draw());
+  }
+  if (random() % 2 == 0) {
+    policies.offload_outside(draw());
+  }
+  policies.offload_distance(static_cast<int>(random() % 4));
+}
+
+}  // namespace
+
 Policies draw_policies(std::mt19937_64& random) {
   auto draw = [&]() -> Policy {
     switch (random() % 6) {
@@ -364,6 +396,7 @@ Policies draw_policies(std::mt19937_64& random) {
   Policies policies;
   policies.set("s0", draw());
   policies.set("s*", draw());
+  draw_offload(random, policies);
   return policies;
 }
 

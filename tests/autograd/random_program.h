@@ -87,6 +87,7 @@ struct Outcome {
 struct Bytes {
   std::int64_t forward_peak = 0, peak = 0, dropped = 0, restored = 0, replayed_records = 0;
   std::int64_t replay_flops = 0, backward_flops = 0;
+  std::int64_t host_peak = 0, offloaded = 0, fetched = 0;
   bool operator==(const Bytes&) const = default;
 };
 
@@ -98,6 +99,8 @@ struct RunOptions {
   // begun again on the same tape with gradients zeroed.
   std::int64_t fail_at = -1;
   bool fail_allocation = false;
+  // Copies to the host and back are done as late as the streams' order allows.
+  bool late_copies = false;
   const Outcome* clean = nullptr;  // of the same program without a failure
 };
 

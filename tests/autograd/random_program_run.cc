@@ -9,8 +9,10 @@
 #include "autograd/parameter_sweep.h"
 #include "autograd/tape_state.h"
 #include "autograd/value.h"
+#include "core/host_copy.h"
 #include "tests/autograd/random_program.h"
 #include "tests/autograd/toy_ops.h"
+#include "tests/core/cuda_stand_in.h"
 
 namespace reprise::testing {
 namespace {
@@ -30,7 +32,11 @@ MaybeNumbers read(const Tensor& tensor) {
 class Run {
  public:
   Run(const Program& program, const RunOptions& options, Tape& tape)
-      : program_(program), options_(options), tape_(tape), memory_(allocator(options.device)) {
+      : program_(program),
+        options_(options),
+        tape_(tape),
+        memory_(allocator(options.device)),
+        host_(allocator(host_of(options.device))) {
     std::vector<std::size_t> open;
     closes_.resize(program.text.size());
     for (std::size_t i = 0; i < program.text.size(); ++i) {
@@ -56,6 +62,7 @@ class Run {
   RunResult run() {
     const std::int64_t base = live();
     memory_.reset_peak();
+    host_.reset_peak();
     {
       Tape::Scope scope(tape_, options_.policies);
       steps(base);
@@ -80,6 +87,9 @@ class Run {
     }
     if (live() != base + gradients) {
       complain("{} bytes are live at the end, expected {}", live() - base, gradients);
+    }
+    if (host_.report().live_bytes != 0) {
+      complain("{} bytes are left in host memory", host_.report().live_bytes);
     }
     if (!tape_.state().values().empty() || !tape_.state().records().empty()) {
       complain("the tape is not empty at the end");
@@ -114,6 +124,7 @@ class Run {
       result_.bytes.forward_peak =
           std::max(result_.bytes.forward_peak, memory_.report().peak_bytes - base);
       result_.bytes.dropped += tape_.report().dropped_bytes;
+      result_.bytes.offloaded += tape_.report().offloaded_bytes;
       sweeps(last);
       result_.outcome.handles.clear();
       if (last) {
@@ -126,9 +137,11 @@ class Run {
       losses_.clear();
     }
     result_.bytes.peak = memory_.report().peak_bytes - base;
+    result_.bytes.host_peak = host_.report().peak_bytes;
   }
 
   void count() {
+    result_.bytes.fetched += tape_.report().fetched_bytes;
     result_.bytes.restored += tape_.report().restored_bytes;
     result_.bytes.replayed_records += tape_.report().replayed_records;
     result_.bytes.replay_flops += tape_.report().replay_flops;
@@ -222,11 +235,13 @@ class Run {
     }
     std::int64_t left = options_.fail_at;
     if (options_.fail_allocation) {
-      memory_.set_fault([&](std::size_t) {
+      const auto fault = [&](std::size_t) {
         if (left-- == 0) {
           throw InjectedFailure();
         }
-      });
+      };
+      memory_.set_fault(fault);
+      host_.set_fault(fault);
     } else {
       ToyHook::call = [&](std::string_view, bool) {
         if (left-- == 0) {
@@ -240,6 +255,7 @@ class Run {
       result_.failed = true;
     }
     memory_.set_fault(nullptr);
+    host_.set_fault(nullptr);
     ToyHook::call = nullptr;
     if (!result_.failed) {
       return;
@@ -411,6 +427,7 @@ class Run {
   const RunOptions& options_;
   Tape& tape_;
   Allocator& memory_;
+  Allocator& host_;  // what leaves the device
   std::vector<std::size_t> closes_;
   std::vector<std::unique_ptr<Parameter>> parameters_;
   std::vector<Parameter*> listed_;
@@ -429,7 +446,19 @@ class Run {
 }  // namespace
 
 RunResult run_program(const Program& program, const RunOptions& options, Tape& tape) {
-  return Run(program, options, tape).run();
+  if (!options.late_copies) {
+    return Run(program, options, tape).run();
+  }
+  CudaStandIn::Options host;
+  host.first_stream_is_host = true;
+  const auto device = std::make_shared<CudaStandIn>(host);
+  Streams streams(device);
+  const CopiesThrough through(streams);
+  RunResult result = Run(program, options, tape).run();
+  for (const std::string& violation : device->violations()) {
+    result.complaint += violation + "\n";
+  }
+  return result;
 }
 
 }  // namespace reprise::testing

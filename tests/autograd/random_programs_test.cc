@@ -60,7 +60,7 @@ std::string differs(const Outcome& a, const Outcome& b) {
 
 struct Totals {
   std::int64_t runs = 0, records = 0, replayed = 0, dropped = 0, failures = 0, tight = 0,
-               gradients = 0;
+               gradients = 0, fetched = 0;
 };
 
 class Checker {
@@ -88,15 +88,26 @@ class Checker {
       if (problem_.empty() && !(predicted == real.bytes)) {
         problem_ += fmt::format(
             "{}: predicted and measured: forward peak {} {}, peak {} {}, dropped {} {}, restored "
-            "{} {}, replayed records {} {}\n",
+            "{} {}, replayed records {} {}, in host memory {} {}, left {} {}, fetched {} {}\n",
             name, predicted.forward_peak, real.bytes.forward_peak, predicted.peak, real.bytes.peak,
             predicted.dropped, real.bytes.dropped, predicted.restored, real.bytes.restored,
-            predicted.replayed_records, real.bytes.replayed_records);
+            predicted.replayed_records, real.bytes.replayed_records, predicted.host_peak,
+            real.bytes.host_peak, predicted.offloaded, real.bytes.offloaded, predicted.fetched,
+            real.bytes.fetched);
       }
       totals_.replayed += real.bytes.replayed_records;
       totals_.dropped += real.bytes.dropped;
+      totals_.fetched += real.bytes.fetched;
+      if (draw == 1 && real.bytes.offloaded > 0) {
+        options.device = cpu;
+        options.late_copies = true;
+        const std::string late = name + " with late copies";
+        problem_ += prefixed(late, differs(run(late, options).outcome, plain));
+        options.late_copies = false;
+      }
       if (draw == static_cast<int>(seed % 6) && problem_.empty()) {
         options.device = cpu;
+        options.late_copies = seed % 2 == 0;
         options.fail_at = static_cast<std::int64_t>(random() % 16);
         options.fail_allocation = random() % 2 == 0;
         options.clean = &plain;
@@ -122,6 +133,7 @@ class Checker {
       problem_ += name + " threw: " + error.what() + "\n";
       tape_.reset();
       allocator(cpu).set_fault(nullptr);
+      allocator(host_of(cpu)).set_fault(nullptr);
       return result;
     }
     if (!result.complaint.empty()) {
@@ -163,9 +175,11 @@ TEST_P(RandomPrograms, AgreeUnderEveryPolicyWithTheDryRunAndWithTheOracle) {
     ASSERT_EQ(problem, "") << checker.text() << "again: --seed " << first + i << " --programs 1";
   }
   std::cout << totals.runs << " runs, " << totals.replayed << " replayed records, "
-            << totals.dropped << " bytes dropped, " << totals.failures << " failures injected, "
-            << totals.tight << " of " << totals.gradients << " derivatives to 1%\n";
+            << totals.dropped << " bytes dropped, " << totals.fetched << " brought back, "
+            << totals.failures << " failures injected, " << totals.tight << " of "
+            << totals.gradients << " derivatives to 1%\n";
   if (end - begin >= 1000) {
+    EXPECT_GT(totals.fetched, static_cast<std::int64_t>(end - begin) * 16);
     EXPECT_GT(totals.replayed, static_cast<std::int64_t>(end - begin) * 5);
     EXPECT_GT(totals.failures, static_cast<std::int64_t>(end - begin) / 10);
     EXPECT_GT(totals.tight, totals.gradients / 2);

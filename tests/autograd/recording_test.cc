@@ -458,8 +458,8 @@ TEST_F(TapeErrors, OfParameters) {
             "[policy] the policy for segments \"layers.*\" is empty");
   EXPECT_EQ(error_of([&] { keep_all() | Policy(); }), "[policy] one side of | is empty");
   EXPECT_EQ(error_of([&] { Policies::named("keep-some"); }),
-            "[policy] must be one of keep-all, keep-products, inputs-only, nested, got "
-            "\"keep-some\"");
+            "[policy] must be one of keep-all, keep-products, inputs-only, nested, or one of them "
+            "with +offload, got \"keep-some\"");
 }
 
 }  // namespace

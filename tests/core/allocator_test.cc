@@ -52,19 +52,22 @@ TEST(Allocator, GuardFindsAWriteBehindTheEnd) {
   Allocator memory(cpu, std::make_unique<Arena>());
   memory.set_guard(true);
   std::uint32_t segment = 0;
-  auto* at =
-      static_cast<unsigned char*>(memory.allocate(100, MemoryKind::activations, true, segment));
+  std::uint64_t number = 0;
+  auto* at = static_cast<unsigned char*>(
+      memory.allocate(100, MemoryKind::activations, true, segment, number));
   at[99] = 1;
-  memory.free(at, 100, MemoryKind::activations, segment);
+  memory.free(at, 100, MemoryKind::activations, segment, number);
   EXPECT_EQ(memory.damaged_guards(), 0);
-  at = static_cast<unsigned char*>(memory.allocate(100, MemoryKind::activations, true, segment));
+  at = static_cast<unsigned char*>(
+      memory.allocate(100, MemoryKind::activations, true, segment, number));
   at[100] = 1;
-  memory.free(at, 100, MemoryKind::activations, segment);
+  memory.free(at, 100, MemoryKind::activations, segment, number);
   EXPECT_EQ(memory.damaged_guards(), 1);
-  at = static_cast<unsigned char*>(memory.allocate(100, MemoryKind::activations, true, segment));
+  at = static_cast<unsigned char*>(
+      memory.allocate(100, MemoryKind::activations, true, segment, number));
   EXPECT_THROW(memory.set_guard(false), InternalError);
   at[-1] = 1;
-  memory.free(at, 100, MemoryKind::activations, segment);
+  memory.free(at, 100, MemoryKind::activations, segment, number);
   EXPECT_EQ(memory.damaged_guards(), 2);
 }
 

@@ -25,10 +25,10 @@ struct Pass {
 };
 
 template <class F>
-Pass pass(const char* policy, F&& forward) {
+Pass pass(const Policies& policies, F&& forward) {
   Net net;
   Tape tape;
-  const Tape::Scope scope(tape, Policies::named(policy));
+  const Tape::Scope scope(tape, policies);
   const Variable x = Variable::leaf(rows_of(0, 0));
   Pass result;
   const Variable out = forward(net, x);
@@ -38,6 +38,11 @@ Pass pass(const char* policy, F&& forward) {
   result.input_gradient = gradients[0].to_vector<float>();
   result.gradients = net.gradients();
   return result;
+}
+
+template <class F>
+Pass pass(const char* policy, F&& forward) {
+  return pass(Policies::named(policy), std::forward<F>(forward));
 }
 
 template <class F>
@@ -62,6 +67,57 @@ TEST(Checkpoint, AWrongCallDoesNotCompile) {
   static_assert(std::is_invocable_v<decltype(block), const nn::Linear&, Variable>);
   static_assert(!std::is_invocable_v<decltype(block), const nn::Linear&>);
   static_assert(!std::is_invocable_v<decltype(block), Variable, Variable, Variable>);
+}
+
+// The peer's two tests: saved values on the host around a segment and what is before and after it,
+// and in a part of a segment.
+TEST(Checkpoint, SavedValuesInHostMemoryAroundAndInside) {
+  Allocator& host = allocator(host_of(cpu));
+  const auto around = [&](Net& net, Variable x) {
+    x = Net::block(net.l1, std::move(x));
+    x = checkpoint("s", [&] { return Net::block(net.l2, Net::block(net.l2, std::move(x))); });
+    x = Net::block(net.l3, std::move(x));
+    EXPECT_GT(host.report().peak_bytes, 0);
+    return x;
+  };
+  const auto inside = [&](Net& net, const Variable& x) {
+    return checkpoint("s", [&] {
+      Variable h = Net::block(net.l1, x);
+      h = checkpoint("part", [&] { return Net::block(net.l2, Net::block(net.l2, std::move(h))); });
+      return Net::block(net.l3, Net::block(net.l1, std::move(h)));
+    });
+  };
+  host.reset_peak();
+  Policies policies = Policies().offload("s").offload_outside().offload_distance(0);
+  EXPECT_TRUE(pass(policies, around) == pass("inputs-only", [&](Net& net, Variable x) {
+                host.reset_peak();
+                x = Net::block(net.l1, std::move(x));
+                x = checkpoint("s", [&] { return Net::block(net.l2, Net::block(net.l2, x)); });
+                return Net::block(net.l3, std::move(x));
+              }));
+  host.reset_peak();
+  const Pass plain = pass("inputs-only", inside);
+  EXPECT_EQ(host.report().peak_bytes, 0);
+  EXPECT_TRUE(pass(Policies().offload("part").offload_distance(0), inside) == plain);
+  EXPECT_GT(host.report().peak_bytes, 0);
+  EXPECT_EQ(host.report().live_bytes, 0);
+}
+
+TEST(Checkpoint, ASegmentsValuesInHostMemory) {
+  const auto forward = [](Net& net, Variable x) {
+    for (const nn::Linear* layer : {&net.l1, &net.l2, &net.l3}) {
+      x = checkpoint("layer", Net::block, *layer, std::move(x));
+    }
+    return x;
+  };
+  const Pass plain = pass("keep-all", forward);
+  allocator(host_of(cpu)).reset_peak();
+  for (const Policy& policy : {keep_all(), keep_products(), keep_inputs()}) {
+    const Policies policies = Policies().set("*", policy).offload("layer").offload_distance(0);
+    EXPECT_TRUE(pass(policies, forward) == plain);
+    EXPECT_GT(allocator(host_of(cpu)).report().peak_bytes, 0);
+    allocator(host_of(cpu)).reset_peak();
+  }
 }
 
 TEST(Checkpoint, AnOutputWithoutAGradient) {

@@ -56,5 +56,18 @@ reprise_mutant(gradient_free_before_ready FILE parameter.cc TEST Failures.WhatIs
   OLD [[  p.gradient_pending_ = p.data_pending_ = true;]] NEW [[]])
 reprise_mutant(policy_throws_twice FILE tape.cc TEST Failures.APolicyThatThrows*
   OLD [[    if (std::uncaught_exceptions() == exceptions_) {]] NEW [[    if (true) {]])
+reprise_mutant(host_copy_forgotten_in_replay FILE replay.cc TEST Offloading.*
+  OLD [[return v->asked == epoch && !v->at_hand();]]
+  NEW [[return v->asked == epoch && !v->tensor.has_storage();]])
+reprise_mutant(host_memory_stays_after_a_reset FILE tape.cc TEST Offloading.ATapeThatIsReset*
+  OLD [[    value->host.reset();]] NEW [[]])
+reprise_mutant(host_memory_stays_after_the_last_use FILE value.cc TEST Shards/RandomPrograms.*/0
+  OLD [[  root->host.reset();]] NEW [[]])
+reprise_mutant(value_leaves_under_a_handle FILE offload.cc TEST Offloading.AHandle*
+  OLD [[    if (root->handles > 0) {]] NEW [[    if (false) {]])
+reprise_mutant(memory_of_what_left_stays FILE offload.cc TEST Offloading.LowersThe*
+  OLD [[      copy->settle();]] NEW [[]])
+reprise_mutant(nothing_is_fetched_ahead FILE offload.cc TEST Offloading.CopiesBackBegin*
+  OLD [[      copy->fetch(MemoryKind::saved);]] NEW [[]])
 reprise_mutant(destroyed_parameter_read FILE sweep_plan.cc TEST TapeErrors.OfADestroyedParameter
   OLD [[  if (leaf->outlived()) {]] NEW [[  if (false) {]])

@@ -38,6 +38,7 @@ void expect_predicted_peak(nn::Model& real, nn::Model& shapes, const nn::Batch& 
     const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
     const StepReport measured = measure_step([&] { return real.loss(batch); }, policies, cpu);
     EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
+    EXPECT_EQ(predicted.host_peak_bytes, measured.host_peak_bytes) << name;
     EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
     EXPECT_EQ(predicted.tape.dropped_bytes, measured.tape.dropped_bytes) << name;
     EXPECT_EQ(predicted.replay_flops, measured.replay_flops) << name;

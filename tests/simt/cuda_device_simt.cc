@@ -6,8 +6,10 @@
 #include <memory>
 #include <string>
 
+#include "core/arena.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
 #include "tests/simt/simt.h"
 
@@ -49,6 +51,10 @@ int cuda_device_count() {
   return 1;
 }
 Allocator& cuda_allocator(Device device) {
+  if (device == host_of({DeviceKind::cuda, 0})) {
+    static Allocator host(device, std::make_unique<Arena>());
+    return host;
+  }
   expect_present(device);
   in_use = true;
   static Allocator instance(device, std::make_unique<ShimMemory>());
@@ -70,9 +76,19 @@ void cuda_zero(void* at, Device, std::size_t bytes) {
 void cuda_synchronize(Device device) {
   expect_present(device);
 }
-void* cuda_stream(Device device) {
+// The host runs the kernels, so it is the compute stream.
+Streams& cuda_streams(Device device) {
   expect_present(device);
-  return nullptr;
+  static Streams instance([] {
+    testing::CudaStandIn::Options options;
+    options.first_stream_is_host = true;
+    options.copied = [](void* to, std::size_t bytes) { simt::define_memory(to, bytes); };
+    return std::make_shared<testing::CudaStandIn>(options);
+  }());
+  return instance;
+}
+void* cuda_stream(Device device) {
+  return cuda_streams(device).stream(StreamKind::compute);
 }
 void cuda_check(const char* operation, int status) {
   ensure(status == 0, "[{}] the shim has no status {}", operation, status);

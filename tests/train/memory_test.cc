@@ -86,7 +86,7 @@ TEST(Memory, TablesOfRealSizesTakeLessThanASecondAPolicy) {
     for (const std::int64_t rank : {0, 8}) {
       const auto table = predict_memory(config(name), {.tokens = 8192, .lora_rank = rank});
       ASSERT_TRUE(table.ok()) << table.status();
-      ASSERT_EQ(table->rows.size(), 4u);
+      ASSERT_EQ(table->rows.size(), 5u);
       for (const MemoryRow& row : table->rows) {
         EXPECT_LT(row.seconds, 1) << row.policy;
         std::int64_t sum = 0;
@@ -103,6 +103,9 @@ TEST(Memory, TablesOfRealSizesTakeLessThanASecondAPolicy) {
       }
       EXPECT_GT(table->rows[0].peak_transient_bytes, 2 * table->rows[2].peak_transient_bytes);
       EXPECT_EQ(table->rows[0].replay_flops, 0);
+      EXPECT_EQ(table->rows[1].host_peak_bytes, 0);
+      EXPECT_GT(table->rows[4].host_peak_bytes, 0);
+      EXPECT_LT(table->rows[4].peak_transient_bytes, table->rows[1].peak_transient_bytes);
       EXPECT_GT(table->rows[2].replay_flops, 0);
     }
   }
@@ -116,7 +119,8 @@ TEST(Memory, OfACommandLine) {
   EXPECT_THAT(outcome.text,
               ::testing::StartsWith("qwen2, 494032768 parameters in bf16, LoRA of rank 4 on every "
                                     "linear layer (2199552 parameters); 1 x 256 tokens, AdamW\n"));
-  for (const char* policy : {"keep-all", "keep-products", "inputs-only", "nested"}) {
+  for (const char* policy :
+       {"keep-all", "keep-products", "inputs-only", "nested", "keep-products+offload"}) {
     EXPECT_THAT(outcome.text, HasSubstr(std::string("\n") + policy));
   }
   const auto json = testing::run_program("memory " + config("qwen2-0.5b") +

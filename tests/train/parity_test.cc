@@ -41,7 +41,7 @@ TEST(Parity, ReadyCasesPassUnderEveryPolicy) {
       expected += tensor.name.starts_with("in.") ? 0 : 1;
     }
     EXPECT_EQ(report->rows.size(), expected);
-    ASSERT_EQ(report->policies.size(), 4u);
+    ASSERT_EQ(report->policies.size(), 5u);
     for (const ParityPolicy& policy : report->policies) {
       EXPECT_EQ(policy.digest, report->policies.front().digest) << policy.name;
     }

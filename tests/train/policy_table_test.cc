@@ -69,9 +69,10 @@ TEST_P(Models, PredictedIsMeasuredAndGradientsAreBitwiseEqual) {
   const auto meta_model = build(at, meta, dtype, dry);
   EXPECT_EQ(real.next_offset, dry.next_offset);
   rows = policy_table(*model, *meta_model, batch, 1);
-  ASSERT_EQ(rows.size(), 4u);
+  ASSERT_EQ(rows.size(), 5u);
   for (const PolicyRow& row : rows) {
     EXPECT_EQ(row.predicted_bytes, row.measured_bytes) << row.policy;
+    EXPECT_EQ(row.predicted_host_bytes, row.measured_host_bytes) << row.policy;
     EXPECT_EQ(row.digest, rows[0].digest) << row.policy;
   }
   EXPECT_EQ(rows[0].replayed_records, 0);

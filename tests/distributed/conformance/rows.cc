@@ -16,7 +16,6 @@ const char* kSparse = "not applicable: sparse tensors";
 const char* kComplex = "not applicable: complex tensors";
 const char* kChannels = "not applicable: channels-last tensors";
 const char* kPowerSgd = "not applicable: PowerSGD";
-const char* kOffload = "not there yet: values are not moved to host memory";
 
 // DDP with checkpoints: 2 ranks, 5 iterations, gradients beside a local model on the full batch.
 Rows segments_on_ranks() {
@@ -218,8 +217,7 @@ Rows segments() {
        "save_on_cpu_and_checkpoint",
        "offload around and inside",
        "not tested / P",
-       {},
-       kOffload},
+       {c + "SavedValuesInHostMemoryAroundAndInside", "Offloading.AroundAndInsideASegment"}},
       {"2.3",
        "nested: test_nested_checkpoint, two_children, kwargs, non_tensor: first order",
        "equal gradients in every wrapping; all freed",
@@ -302,8 +300,8 @@ Rows segments() {
        "checkpoint_wrapper: cpu_offload",
        "saved tensors in host memory",
        "P / P",
-       {},
-       kOffload},
+       {c + "ASegmentsValuesInHostMemory",
+        "Offloading.LowersTheDevicesPeakAsPredictedAndChangesNoBit"}},
   };
 }
 
