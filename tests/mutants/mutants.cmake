@@ -59,8 +59,6 @@ reprise_mutant(policy_throws_twice FILE tape.cc TEST Failures.APolicyThatThrows*
 reprise_mutant(host_copy_forgotten_in_replay FILE replay.cc TEST Offloading.*
   OLD [[return v->asked == epoch && !v->at_hand();]]
   NEW [[return v->asked == epoch && !v->tensor.has_storage();]])
-reprise_mutant(host_memory_stays_after_a_reset FILE tape.cc TEST Offloading.ATapeThatIsReset*
-  OLD [[    value->host.reset();]] NEW [[]])
 reprise_mutant(host_memory_stays_after_the_last_use FILE value.cc TEST Shards/RandomPrograms.*/0
   OLD [[  root->host.reset();]] NEW [[]])
 reprise_mutant(value_leaves_under_a_handle FILE offload.cc TEST Offloading.AHandle*
