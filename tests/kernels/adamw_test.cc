@@ -132,13 +132,13 @@ TEST(AdamW, ManyTensorsAreThoseOfEachForEveryThreadCount) {
   };
   std::vector<AdamWTensor> each = make();
   for (AdamWTensor& t : each) {
-    adamw({&t, 1}, {});
+    adamw({&t, 1}, AdamWSettings{});
   }
   const int before = threads();
   for (const int count : {1, 2, 5}) {
     set_threads(count);
     const std::vector<AdamWTensor> together = make();
-    adamw(together, {});
+    adamw(together, AdamWSettings{});
     for (std::size_t i = 0; i < each.size(); ++i) {
       EXPECT_EQ(each[i].value.to_vector<float>(), together[i].value.to_vector<float>());
       EXPECT_EQ(each[i].v.to_vector<float>(), together[i].v.to_vector<float>());
@@ -150,7 +150,7 @@ TEST(AdamW, ManyTensorsAreThoseOfEachForEveryThreadCount) {
 TEST(AdamW, OnMetaNothingIsComputed) {
   const Tensor p = Tensor::empty({4}, DType::f32, meta);
   const AdamWTensor t{p, p, p, p, {}, 0, 1};
-  adamw({&t, 1}, {});
+  adamw({&t, 1}, AdamWSettings{});
 }
 
 TEST(AdamW, Errors) {
