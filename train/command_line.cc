@@ -174,6 +174,8 @@ void add_demo(CLI::App& app, DemoOptions& demo) {
       ->check(positive());
   command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
   command->add_flag("--quiet", demo.quiet, "No progress line");
+  command->add_flag("--dry-run", demo.dry_run,
+                    "Predict the memory of a step on each of --ranks ranks, and end");
 }
 
 void add_parity(CLI::App& app, Invocation& asked) {
@@ -241,8 +243,9 @@ Invocation parse(const std::vector<std::string>& words) {
   CLI::App app("Build, train and fine-tune transformers.", "reprise");
   app.require_subcommand(1);
   std::string ranks, watchdog;  // taken out before
-  app.add_option("--ranks", ranks,
-                 "Processes for demo, started with mpirun; for memory, of the job meant");
+  app.add_option(
+      "--ranks", ranks,
+      "Processes for demo, started with mpirun; for memory and a dry run, of the job meant");
   app.add_option("--watchdog", watchdog, "Seconds after which ranks that stand still are ended");
   add_demo(app, asked.demo);
   add_parity(app, asked);
@@ -305,6 +308,10 @@ int run_command(const World& world, const Invocation& asked) {
       return table.ok() ? print(asked.as_json ? to_json(*table) : to_text(*table))
                         : report(table.status());
     }
+    if (asked.demo.dry_run) {
+      const absl::StatusOr<MemoryTable> table = predict_demo(asked.demo, asked.dry.ranks);
+      return table.ok() ? print(to_text(*table)) : report(table.status());
+    }
     auto ranks = connect(world);
     if (!ranks.ok()) {
       return report(ranks.status());
@@ -336,12 +343,13 @@ int run_command_line(int argc, char** argv) {
   if (asked.exit_code) {
     return *asked.exit_code;
   }
-  if (asked.command == "memory" && launch->ranks > 0) {
+  const bool dry = asked.command == "memory" || (asked.command == "demo" && asked.demo.dry_run);
+  if (dry && launch->ranks > 0) {
     asked.dry.ranks = launch->ranks;  // of a dry run, in this process
     return run_command(launch->world, asked);
   }
   const bool several = launch->ranks > 0 || launch->world.size > 1;
-  if (several && asked.command != "demo") {
+  if (several && (dry || asked.command != "demo")) {
     // Each would do the same work.
     return launch->world.rank > 0
                ? kBadInput

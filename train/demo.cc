@@ -200,7 +200,9 @@ std::unique_ptr<nn::LanguageModel> demo_model(Device device) {
   return *std::move(model);
 }
 
-absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
+namespace {
+
+absl::Status check_ranks(const DemoOptions& options, int ranks) {
   if (kBatch % ranks != 0) {
     return absl::InvalidArgumentError(
         fmt::format("--ranks must divide the batch of {}, got {}", kBatch, ranks));
@@ -213,6 +215,29 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
   if (options.shards != 0 && options.stage != 0) {
     return absl::InvalidArgumentError(
         "--shards and --stage are for one of them at a time: the table sweeps once a step");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<MemoryTable> predict_demo(const DemoOptions& options, int ranks) {
+  if (const absl::Status checked = check_ranks(options, ranks); !checked.ok()) {
+    return checked;
+  }
+  if (options.shards != 0) {
+    return absl::InvalidArgumentError("--dry-run does not count the sums of --shards");
+  }
+  return predict_memory(demo_model(meta), {.batch = kBatch / ranks,
+                                           .tokens = kTokens,
+                                           .dtype = DType::f32,
+                                           .ranks = ranks,
+                                           .stage = options.stage});
+}
+
+absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
+  if (const absl::Status checked = check_ranks(options, ranks); !checked.ok()) {
+    return checked;
   }
   const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);

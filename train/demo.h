@@ -11,6 +11,7 @@
 #include "core/tensor.h"
 #include "distributed/communicator.h"
 #include "nn/models/language_model.h"
+#include "train/memory.h"
 
 namespace reprise::train {
 
@@ -23,7 +24,8 @@ struct DemoOptions {
   std::uint64_t seed = 1;
   int shards = 0;  // of the batch, each its own sweep: every number of ranks gives the same bits
   int stage = 0;   // of sharding over the ranks (distributed/sharding.h); 0: none
-  bool quiet = false;  // no progress line
+  bool quiet = false;    // no progress line
+  bool dry_run = false;  // only predict_demo
 };
 
 // About 10 M parameters: bytes in, 8 blocks of width 320.
@@ -32,6 +34,11 @@ std::unique_ptr<nn::LanguageModel> demo_model(Device device);
 // The text to learn, after a look at all that can be wrong with the options: InvalidArgument,
 // NotFound. Starts nothing, so that it can be asked before other ranks are there.
 absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks);
+
+// What a step of the demo takes on the first of `ranks` ranks, by kind of memory and policy, from
+// this process alone: nothing is trained, no other is started. InvalidArgument as demo_text, and
+// for shards, whose sums it does not count.
+absl::StatusOr<MemoryTable> predict_demo(const DemoOptions& options, int ranks);
 
 // Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
 // when the policies' gradients differ or a prediction is off.

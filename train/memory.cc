@@ -57,20 +57,24 @@ struct Subject {
   nn::Batch batch;
 };
 
+Subject with_text(std::unique_ptr<nn::Model> model, const DryRunOptions& options) {
+  Subject subject{std::move(model), {}};
+  const Shape shape{options.batch, options.tokens};
+  subject.batch.ids = Tensor::zeros(shape, DType::i64, meta);
+  subject.batch.labels = subject.batch.ids;
+  return subject;
+}
+
 absl::StatusOr<Subject> subject_of(const std::string& config, const DryRunOptions& options) {
   absl::StatusOr<std::unique_ptr<nn::Model>> model = build(config, {meta, options.dtype});
   if (!model.ok()) {
     return model.status();
   }
-  Subject subject{*std::move(model), {}};
-  const absl::Status added = add_adapter(*subject.model, options);
+  const absl::Status added = add_adapter(**model, options);
   if (!added.ok()) {
     return added;
   }
-  const Shape shape{options.batch, options.tokens};
-  subject.batch.ids = Tensor::zeros(shape, DType::i64, meta);
-  subject.batch.labels = subject.batch.ids;
-  return subject;
+  return with_text(*std::move(model), options);
 }
 
 std::int64_t count(const std::vector<Parameter*>& parameters) {
@@ -147,6 +151,29 @@ std::string adapter_text(const MemoryTable& table) {
       table.trainable);
 }
 
+MemoryTable table_of(Subject& subject, const DryRunOptions& options) {
+  nn::Model& model = *subject.model;
+  MemoryTable table{.model = std::string(model.type()), .options = options};
+  const std::vector<Parameter*> trainable = model.trainable_parameters();
+  table.trainable = count(trainable);
+  table.parameters = count(model.parameters()) - (options.lora_rank > 0 ? table.trainable : 0);
+  Generator generator;
+  model.train(generator);
+  if (options.ranks > 1 || options.stage > 0) {
+    table.rows = measure_rank(subject, options, generator);
+    return table;
+  }
+  nn::AdamW optimizer(trainable);
+  // The optimizer has its states from the first step on; the second is measured.
+  (void)measure(subject, "inputs-only");
+  optimizer.step(1e-4);
+  for (const std::string& policy : policies_of(options)) {
+    optimizer.zero_gradients();
+    table.rows.push_back(measure(subject, policy));
+  }
+  return table;
+}
+
 }  // namespace
 
 absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
@@ -155,30 +182,16 @@ absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
   if (!subject.ok()) {
     return subject.status();
   }
-  nn::Model& model = *subject->model;
-  MemoryTable table{.model = std::string(model.type()), .options = options};
-  const std::vector<Parameter*> trainable = model.trainable_parameters();
-  table.trainable = count(trainable);
-  table.parameters = count(model.parameters()) - (options.lora_rank > 0 ? table.trainable : 0);
-  Generator generator;
-  model.train(generator);
   try {
-    if (options.ranks > 1 || options.stage > 0) {
-      table.rows = measure_rank(*subject, options, generator);
-      return table;
-    }
-    nn::AdamW optimizer(trainable);
-    // The optimizer has its states from the first step on; the second is measured.
-    (void)measure(*subject, "inputs-only");
-    optimizer.step(1e-4);
-    for (const std::string& policy : policies_of(options)) {
-      optimizer.zero_gradients();
-      table.rows.push_back(measure(*subject, policy));
-    }
+    return table_of(*subject, options);
   } catch (const Error& mistake) {
     return absl::InvalidArgumentError(fmt::format("{}: {}", config, mistake.what()));
   }
-  return table;
+}
+
+MemoryTable predict_memory(std::unique_ptr<nn::Model> on_meta, const DryRunOptions& options) {
+  Subject subject = with_text(std::move(on_meta), options);
+  return table_of(subject, options);
 }
 
 MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::string& policy,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,8 @@ struct MemoryTable {
 // The folder's config.json, or the file itself. The optimizer is AdamW with states of the
 // parameters' dtype. InvalidArgument when the config, or a batch of text, does not fit the model.
 absl::StatusOr<MemoryTable> predict_memory(const std::string& config, const DryRunOptions& options);
+// Of a model that stands already, on meta; the options of adapters are not looked at.
+MemoryTable predict_memory(std::unique_ptr<nn::Model> on_meta, const DryRunOptions& options);
 // One step of the trainer under the policy, and what the device's memory was at most meanwhile.
 MemoryRow measured_step(Trainer& trainer, const nn::Batch& batch, const std::string& policy,
                         Device device);

@@ -13,6 +13,7 @@
 #include "nn/weights/json.h"
 #include "tests/nn/files.h"
 #include "tests/train/process.h"
+#include "train/demo.h"
 
 namespace reprise::train {
 namespace {
@@ -143,6 +144,41 @@ TEST(Memory, OfACommandLine) {
                               ": [model] a row may have n_positions = 24 tokens, got 25");
   testing::expect_refused("memory " + config("qwen2-0.5b") + " --lora 4 --targets wqkv",
                           "[lora] no module of this qwen2 matches target_modules [wqkv]");
+}
+
+// The demo's own dry run: what a step then takes, and of a job of ranks that are not started.
+TEST(Memory, ADryRunOfTheDemo) {
+  const auto model = demo_model(cpu);
+  Generator generator;
+  model->initialize(generator);
+  Trainer trainer(*model, generator, {{}, 1.0, Policies::named("inputs-only")});
+  nn::Batch batch;
+  batch.ids = batch.labels = Tensor::zeros({8, 128}, DType::i64);
+  const std::int64_t live = allocator(cpu).report().live_bytes - batch.ids.bytes();
+  std::int64_t weights = 0;
+  for (const Parameter* p : model->parameters()) {
+    weights += p->value().bytes();
+  }
+  (void)trainer.step(batch, 1e-4);
+  const absl::StatusOr<MemoryTable> alone = predict_demo({}, 1);
+  ASSERT_TRUE(alone.ok()) << alone.status();
+  ASSERT_EQ(alone->rows.size(), Policies::names().size());
+  for (const MemoryRow& row : alone->rows) {
+    const MemoryRow measured = measured_step(trainer, batch, row.policy, cpu);
+    const auto bytes = static_cast<double>(measured.peak_bytes - (live - weights));
+    EXPECT_NEAR(static_cast<double>(row.peak_bytes), bytes, 0.01 * bytes) << row.policy;
+  }
+
+  const auto outcome = testing::run_program("--ranks 4 demo --dry-run --stage 3");
+  EXPECT_EQ(outcome.code, 0) << outcome.text;
+  EXPECT_THAT(outcome.text,
+              ::testing::StartsWith("llama, 9999680 parameters in f32; 2 x 128 tokens, "
+                                    "AdamW; a rank of 4, sharding stage 3\n"));
+  EXPECT_THAT(outcome.text, HasSubstr("\nnested"));
+  EXPECT_LT(predict_demo({.stage = 3}, 4)->rows[0].peak_bytes, alone->rows[0].peak_bytes / 2);
+  testing::expect_refused("--ranks 3 demo --dry-run", "--ranks must divide the batch of 8, got 3");
+  testing::expect_refused("--ranks 2 demo --dry-run --shards 4",
+                          "--dry-run does not count the sums of --shards");
 }
 
 TEST(Memory, ExplainOfACommandLine) {
