@@ -165,6 +165,13 @@ void cuda_synchronize(Device device) {
   cuda_check("cuda_synchronize", cudaStreamSynchronize(stream_of(device)));
 }
 
+CudaMemory cuda_memory(Device device) {
+  const Current current(device);
+  std::size_t free_bytes = 0, total_bytes = 0;
+  cuda_check("cuda", cudaMemGetInfo(&free_bytes, &total_bytes));
+  return {static_cast<std::int64_t>(free_bytes), static_cast<std::int64_t>(total_bytes)};
+}
+
 void* cuda_stream(Device device) {
   const cudaStream_t stream = stream_of(device);
   cuda_check("cuda", cudaSetDevice(device.index));

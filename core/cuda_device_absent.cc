@@ -28,6 +28,9 @@ void cuda_copy(void*, Device, const void*, Device, std::size_t) {
 void cuda_zero(void*, Device, std::size_t) {
   absent();
 }
+void cuda_copy_strided(void*, const void*, Device, std::span<const CopyLoop>, std::size_t) {
+  absent();
+}
 void* cuda_stream(Device) {
   absent();
 }
@@ -35,6 +38,9 @@ void cuda_check(const char*, int) {
   absent();
 }
 void cuda_synchronize(Device) {
+  absent();
+}
+CudaMemory cuda_memory(Device) {
   absent();
 }
 

@@ -6,6 +6,7 @@
 
 #include "core/parallel.h"
 #include "kernels/accumulate.h"
+#include "kernels/reduce.h"
 
 namespace reprise::distributed {
 namespace {
@@ -13,6 +14,9 @@ namespace {
 void divide(const Tensor& data, double divisor) {
   if (divisor == 1.0 || data.is_meta()) {
     return;
+  }
+  if (data.device().kind == DeviceKind::cuda) {
+    return kernels::scale_all({&data, 1}, 1 / divisor);
   }
   const auto by = static_cast<float>(divisor);
   auto each = [&](auto* x, auto&& f) {

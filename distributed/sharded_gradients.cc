@@ -5,6 +5,7 @@
 
 #include "core/parallel.h"
 #include "distributed/disagreement.h"
+#include "kernels/reduce.h"
 
 namespace reprise::distributed {
 namespace {
@@ -12,6 +13,9 @@ namespace {
 void divide(const Tensor& data, double divisor) {
   if (divisor == 1.0 || data.is_meta()) {
     return;
+  }
+  if (data.device().kind == DeviceKind::cuda) {
+    return kernels::scale_all({&data, 1}, 1 / divisor);
   }
   const auto by = static_cast<float>(divisor);
   const auto each = [&](auto* x, auto&& f) {

@@ -17,6 +17,7 @@
 #include "distributed/reducer.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
+#include "train/on_device.h"
 #include "train/policy_table.h"
 #include "train/progress.h"
 #include "train/sample.h"
@@ -52,11 +53,11 @@ double learning_rate(double highest, double fraction) {
   return highest * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
 }
 
-double validation_loss(Trainer& trainer, const ByteData& data) {
+double validation_loss(Trainer& trainer, const ByteData& data, Device device) {
   double sum = 0;
   const auto count = std::min<std::int64_t>(kValidationBatches, data.validation_batches());
   for (std::int64_t i = 0; i < count; ++i) {
-    sum += trainer.evaluate(data.validation(i));
+    sum += trainer.evaluate(data.validation(i, device));
   }
   return sum / static_cast<double>(count);
 }
@@ -74,7 +75,8 @@ void print_sample(nn::LanguageModel& model, const char* when, std::uint64_t seed
 // What a rank draws from: one generator a shard, or its own.
 class Shards {
  public:
-  Shards(const DemoOptions& options, const distributed::Communicator& ranks) {
+  Shards(const DemoOptions& options, const distributed::Communicator& ranks)
+      : device_(options.device) {
     const int count = options.shards > 0 ? options.shards / ranks.size() : 1;
     for (int s = 0; s < count; ++s) {  // at places of the stream that are far apart
       generators_.push_back(
@@ -84,12 +86,13 @@ class Shards {
   std::vector<nn::Batch> draw(const ByteData& data) {
     std::vector<nn::Batch> batches;
     for (Generator& generator : generators_) {
-      batches.push_back(data.draw(generator));
+      batches.push_back(data.draw(generator, device_));
     }
     return batches;
   }
 
  private:
+  Device device_;
   std::vector<Generator> generators_;
 };
 
@@ -138,12 +141,12 @@ void print_head(nn::LanguageModel& model, std::string_view text, const ByteData&
     count += p->value().numel();
   }
   fmt::print(
-      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} rank{} of {} thread{}, "
-      "policy "
-      "{}.\n",
-      static_cast<double>(count) / 1e6, human_bytes(static_cast<std::int64_t>(text.size())),
-      human_bytes(data.train_bytes()), ranks.size(), ranks.size() == 1 ? "" : "s", threads(),
-      threads() == 1 ? "" : "s", options.policy);
+      "A decoder of {:.1f} M parameters on {}, {} of text ({} to train on), {} rank{} of {} "
+      "thread{}, policy {}.\n",
+      static_cast<double>(count) / 1e6, to_string(options.device),
+      human_bytes(static_cast<std::int64_t>(text.size())), human_bytes(data.train_bytes()),
+      ranks.size(), ranks.size() == 1 ? "" : "s", threads(), threads() == 1 ? "" : "s",
+      options.policy);
 }
 
 }  // namespace
@@ -166,6 +169,14 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
         "--shards must divide the batch of {} and be a multiple of the {} rank{}, got {}", kBatch,
         ranks, ranks == 1 ? "" : "s", options.shards));
   }
+  if (options.device != cpu && ranks > 1) {
+    return absl::InvalidArgumentError(
+        "--ranks trains on the CPUs of its processes: leave out --device");
+  }
+  const absl::Status usable = expect_usable(options.device);
+  if (!usable.ok()) {
+    return usable;
+  }
   const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
 }
@@ -184,7 +195,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
       {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
   require_same(ranks, settings, "the start of the demo");
   const ByteData data(*text, kBatch / std::max(ranks.size(), options.shards), kTokens);
-  const auto model = demo_model(cpu);
+  const auto model = demo_model(options.device);
   const auto meta_model = demo_model(meta);
   Generator generator{options.seed, 0};
   model->initialize(generator);
@@ -210,7 +221,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     trainer.forward_backward(Shards(options, ranks).draw(data), 1);
     return prints ? write_gradients(trainer.parameters(), options.gradients_out) : absl::OkStatus();
   }
-  const double before = validation_loss(trainer, data);
+  const double before = validation_loss(trainer, data, options.device);
   if (prints) {
     print_head(*model, *text, data, options, ranks);
     print_sample(*model, "before training", options.seed);
@@ -226,7 +237,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     }
     reduce(0);  // the table's sweeps are single ones
   }
-  const double after = validation_loss(trainer, data);
+  const double after = validation_loss(trainer, data, options.device);
   if (prints) {
     fmt::print("Validation loss after: {:.4f}\n", after);
     print_sample(*model, "after training", options.seed);
@@ -235,8 +246,8 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     std::fflush(stdout);
   }
   model->evaluate();
-  const auto rows =
-      policy_table(*model, *meta_model, data.validation(ranks.rank()), 3, trainer.hooks);
+  const auto rows = policy_table(*model, *meta_model, data.validation(ranks.rank(), options.device),
+                                 3, trainer.hooks);
   if (prints) {
     fmt::print("{}\n", to_string(rows));
   }

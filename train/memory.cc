@@ -152,6 +152,7 @@ absl::StatusOr<MemoryTable> predict_memory(const std::string& config,
   if (!subject.ok()) {
     return subject.status();
   }
+  const DryRunFor stands_for(options.device);
   nn::Model& model = *subject->model;
   MemoryTable table{.model = std::string(model.type()), .options = options};
   const std::vector<Parameter*> trainable = model.trainable_parameters();
@@ -204,8 +205,9 @@ std::string to_text(const MemoryTable& table) {
           : fmt::format("; a rank of {}, {}", o.ranks,
                         o.stage == 0 ? "not sharded" : fmt::format("sharding stage {}", o.stage));
   std::string text =
-      fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW{}\n\n", table.model,
-                  table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens, job);
+      fmt::format("{}, {} parameters in {}{}{}; {} x {} tokens, AdamW{}\n\n", table.model,
+                  table.parameters, name(o.dtype), o.device == DeviceKind::cuda ? " on cuda" : "",
+                  adapter_text(table), o.batch, o.tokens, job);
   text += fmt::format("{:<14} {:>11}", "policy", "peak");
   const auto column = [](std::size_t kind) {
     return std::max<std::size_t>(11, name(static_cast<MemoryKind>(kind)).size());
@@ -237,6 +239,7 @@ std::string to_json(const MemoryTable& table) {
   nlohmann::ordered_json json = {{"model", table.model},
                                  {"parameters", table.parameters},
                                  {"trainable", table.trainable},
+                                 {"device", o.device == DeviceKind::cuda ? "cuda" : "cpu"},
                                  {"dtype", name(o.dtype)},
                                  {"batch", o.batch},
                                  {"tokens", o.tokens},
