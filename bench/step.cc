@@ -34,7 +34,7 @@ struct Options {
   std::string model = "gpt2", config, folder, adapter;
   std::string policy = "keep-all", dtype = "f32", place = "cpu";
   std::int64_t batch = 4, tokens = 512, layers = 0, lora = 0;
-  int threads = 2, warmup = 2, steps = 5;
+  int threads = 2, warmup = 2, steps = 5, keep_first = 0;
   double learning_rate = 1e-4;
   bool masters = false, dry_run = false, all_linear = false, fresh = false;
   Device device = cpu;  // of --device, or meta
@@ -171,8 +171,24 @@ std::int64_t driver_bytes(Device device) {
   if (device.kind != DeviceKind::cuda) {
     return 0;
   }
-  const CudaMemory memory = cuda_memory(device);
+  const CudaBytes memory = cuda_bytes(device);
   return memory.total_bytes - memory.free_bytes;
+}
+
+Policies policies_of(const Options& options) {
+  if (options.keep_first == 0) {
+    return Policies::named(options.policy);
+  }
+  Policies policies;
+  for (int block = 0; block < options.keep_first; ++block) {
+    policies.set(fmt::format("*.{}", block), keep_all());
+  }
+  if (options.policy == "keep-products") {
+    policies.set("*", keep_products());
+  } else if (options.policy != "inputs-only") {
+    fail("bench", "--keep-first goes with keep-products or inputs-only, got {}", options.policy);
+  }
+  return policies;
 }
 
 double ms_since(Clock::time_point start) {
@@ -185,6 +201,7 @@ nlohmann::json described(const Options& options) {
                     : options.folder.empty()                         ? options.config
                                                                      : options.folder},
           {"mode", options.policy},
+          {"keep_first", options.keep_first},
           {"device", to_string(options.device)},
           {"dtype", options.dtype},
           {"lora", options.lora},
@@ -211,7 +228,7 @@ nlohmann::json run(Options options) {
   trainer_options.max_norm = 0;
   trainer_options.adamw.weight_decay = 0.1;
   trainer_options.adamw.master_weights = options.masters;
-  trainer_options.policies = Policies::named(options.policy);
+  trainer_options.policies = policies_of(options);
   train::Trainer trainer(*model, generator, trainer_options);
   std::vector<double> times, losses;
   for (int i = 0; i < options.warmup + options.steps; ++i) {
@@ -269,6 +286,7 @@ int main(int argc, char** argv) {
   app.add_flag("--dry-run", options.dry_run, "On meta: peak bytes predicted, no time or loss");
   app.add_flag("--fresh", options.fresh, "Another batch at every step");
   app.add_flag("--all-linear", options.all_linear, "The adapter on every linear layer");
+  app.add_option("--keep-first", options.keep_first, "Blocks from the first on that keep all");
   app.add_option("--learning-rate", options.learning_rate);
   app.add_option("--batch", options.batch);
   app.add_option("--tokens", options.tokens);

@@ -32,10 +32,10 @@ void cuda_copy_strided(void* to, const void* from, Device device, std::span<cons
                        std::size_t element_bytes);
 void cuda_synchronize(Device device);
 // Of the whole device, other programs' use counted, as the driver says.
-struct CudaMemory {
+struct CudaBytes {
   std::int64_t free_bytes, total_bytes;
 };
-CudaMemory cuda_memory(Device device);
+CudaBytes cuda_bytes(Device device);
 // The cudaStream_t on which kernels and copies of the device run. Makes the device current on this
 // thread, as a launch on that stream wants it.
 void* cuda_stream(Device device);

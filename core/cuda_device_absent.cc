@@ -40,7 +40,7 @@ void cuda_check(const char*, int) {
 void cuda_synchronize(Device) {
   absent();
 }
-CudaMemory cuda_memory(Device) {
+CudaBytes cuda_bytes(Device) {
   absent();
 }
 

@@ -76,7 +76,7 @@ void cuda_zero(void* at, Device, std::size_t bytes) {
 void cuda_synchronize(Device device) {
   expect_present(device);
 }
-CudaMemory cuda_memory(Device device) {
+CudaBytes cuda_bytes(Device device) {
   constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
   return {kTotalBytes - cuda_allocator(device).report().live_bytes, kTotalBytes};
 }

@@ -1,5 +1,5 @@
-// Whole training steps on a cuda device, by the code that runs on one: models, tape, segments and
-// optimizer, the kernels' cuda sides on the SIMT shim. The device's memory is closed to host code.
+// Whole training steps on a cuda device: models, tape, segments and optimizer, by the kernels' cuda
+// sides. Built for a device, and for the SIMT shim, whose memory is closed to host code as well.
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -10,11 +10,17 @@
 #include <gtest/gtest.h>
 
 #include "autograd/dry_run.h"
+#include "core/cuda_device.h"
+#include "distributed/reducer.h"
+#include "kernels/reduce.h"
 #include "nn/lora.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
+#include "tests/op_case.h"
+#if defined(REPRISE_SHIM_DEVICE)
 #include "tests/simt/simt.h"
+#endif
 #include "train/on_device.h"
 #include "train/parity.h"
 #include "train/policy_table.h"
@@ -116,16 +122,35 @@ double gradient_error(const Subject& ours, const Subject& theirs) {
   return std::sqrt(difference / norm);
 }
 
-class Checks {
+// The shim runs faster while it does not look for races; the op rows are run with them on.
+class Unchecked {
  public:
-  explicit Checks(bool on) : before_(simt::options().check) { simt::options().check = on; }
-  ~Checks() { simt::options().check = before_; }
+  Unchecked() { set(false); }
+  ~Unchecked() { set(true); }
+  Unchecked(const Unchecked&) = delete;
 
  private:
-  bool before_;
+  static void set([[maybe_unused]] bool on) {
+#if defined(REPRISE_SHIM_DEVICE)
+    simt::options().check = on;
+#endif
+  }
 };
 
-class OnDevice : public ::testing::TestWithParam<Story> {};
+void skip_without_device() {
+  if (cuda_device_count() == 0) {
+    GTEST_SKIP() << "there is no device";
+  }
+}
+
+class OnDevice : public ::testing::TestWithParam<Story> {
+ protected:
+  void SetUp() override { skip_without_device(); }
+};
+class Devices : public ::testing::Test {
+ protected:
+  void SetUp() override { skip_without_device(); }
+};
 
 TEST_P(OnDevice, AStepIsThatOfTheCpu) {
   const double tolerance = GetParam().dtype == DType::f32 ? 2e-5 : 2e-2;
@@ -136,7 +161,7 @@ TEST_P(OnDevice, AStepIsThatOfTheCpu) {
 }
 
 TEST_P(OnDevice, LossesAreThoseOfTheCpu) {
-  const Checks checks(false);
+  const Unchecked faster;
   const double tolerance = GetParam().dtype == DType::f32 ? 2e-4 : 5e-2;
   const std::vector<double> ours = Subject(GetParam(), kDevice).losses(4);
   const std::vector<double> theirs = Subject(GetParam(), cpu).losses(4);
@@ -147,7 +172,7 @@ TEST_P(OnDevice, LossesAreThoseOfTheCpu) {
 }
 
 TEST_P(OnDevice, GradientsHaveTheSameBitsUnderEveryPolicyOrderAndRun) {
-  const Checks checks(false);
+  const Unchecked faster;
   std::string first;
   const auto expect_same = [&](const std::string& policy, const std::string& how) {
     Subject run(GetParam(), kDevice, policy);
@@ -158,16 +183,17 @@ TEST_P(OnDevice, GradientsHaveTheSameBitsUnderEveryPolicyOrderAndRun) {
     EXPECT_EQ(digest, first) << policy << ", " << how;
   };
   for (const std::string& policy : Policies::names()) {
-    expect_same(policy, "blocks and threads ascending");
+    expect_same(policy, "the usual schedule");
   }
   expect_same("inputs-only", "again");
-  simt::options().order = simt::Order::shuffled;
-  expect_same("inputs-only", "shuffled");
-  simt::options().order = simt::Order::ascending;
+  const int last = testing::schedule_count(kDevice) - 1;
+  testing::set_schedule(kDevice, last);
+  expect_same("inputs-only", "in another schedule");
+  testing::set_schedule(kDevice, 0);
 }
 
 TEST_P(OnDevice, ADryRunForTheDeviceTakesTheSameBytes) {
-  const Checks checks(false);
+  const Unchecked faster;
   for (const std::string& policy : Policies::names()) {
     Subject real(GetParam(), kDevice, policy);
     (void)real.losses(1);
@@ -189,13 +215,51 @@ TEST_P(OnDevice, ADryRunForTheDeviceTakesTheSameBytes) {
 }
 
 TEST_P(OnDevice, MicroBatchesAddUp) {
-  const Checks checks(false);
+  const Unchecked faster;
   Subject ours(GetParam(), kDevice), theirs(GetParam(), cpu);
   for (Subject* run : {&ours, &theirs}) {
     const nn::Batch batches[] = {run->batch, run->batch, run->batch};
     (void)run->trainer->forward_backward(batches, 1.0 / 3);
   }
   EXPECT_LT(gradient_error(ours, theirs), GetParam().dtype == DType::f32 ? 4e-5 : 4e-2);
+}
+
+// Two ranks that do the same: what the other has is what this one has.
+class Twins final : public distributed::Communicator {
+ public:
+  int rank() const override { return 0; }
+  int size() const override { return 2; }
+  bool takes(const Tensor&) const override { return true; }
+  void abort(std::string why) override { throw Error(why); }
+  void close() override {}
+  distributed::Pending start(distributed::Collective collective) override {
+    using Kind = distributed::Collective::Kind;
+    if (collective.kind == Kind::all_reduce && collective.reduce == distributed::Reduce::sum) {
+      EXPECT_EQ(collective.in.device(), kDevice);
+      kernels::scale_all({&collective.in, 1}, 2);
+    } else if (collective.kind == Kind::all_gather) {
+      const std::int64_t half = collective.in.numel();
+      const Tensor flat = collective.out.reshape({2 * half});
+      flat.slice(0, 0, half).copy_from(collective.in.reshape({half}));
+      flat.slice(0, half, 2 * half).copy_from(collective.in.reshape({half}));
+    } else {
+      EXPECT_TRUE(collective.kind == Kind::agree || collective.kind == Kind::broadcast ||
+                  collective.kind == Kind::barrier);
+    }
+    return distributed::Pending::finished();
+  }
+};
+
+TEST_P(OnDevice, GradientsAreReducedAndDividedThere) {
+  const Unchecked faster;
+  Subject alone(GetParam(), kDevice), together(GetParam(), kDevice);
+  Twins twins;
+  distributed::Reducer reducer(twins, together.trainer->parameters());
+  together.trainer->hooks.before = [&](BackwardOptions& options) { reducer.attach(options); };
+  together.trainer->hooks.after = [&] { reducer.finish(); };
+  EXPECT_EQ(together.losses(2), alone.losses(2));
+  EXPECT_EQ(gradient_digest(together.trainer->parameters()),
+            gradient_digest(alone.trainer->parameters()));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -205,8 +269,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Story{"llama_bf16_masters", kLlama, DType::bf16, 0, true}),
     [](const auto& story) { return std::string(story.param.name); });
 
-TEST(OnDevice, SampledTextAndEvaluation) {
-  const Checks checks(false);
+TEST_F(Devices, SampledTextAndEvaluation) {
+  const Unchecked faster;
   const Story bytes{"bytes", R"({
     "model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 24,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2})"};
@@ -222,7 +286,7 @@ TEST(OnDevice, SampledTextAndEvaluation) {
   EXPECT_EQ(text[0], text[1]);
 }
 
-TEST(OnDevice, TensorsWithAnyStrides) {
+TEST_F(Devices, TensorsWithAnyStrides) {
   std::vector<float> numbers(2 * 3 * 4 * 5);
   for (std::size_t i = 0; i < numbers.size(); ++i) {
     numbers[i] = static_cast<float>(i);
@@ -266,10 +330,13 @@ TEST(OnDevice, TensorsWithAnyStrides) {
   }
 }
 
-class Parity : public ::testing::TestWithParam<const char*> {};
+class Parity : public ::testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override { skip_without_device(); }
+};
 
 TEST_P(Parity, HoldsOnTheDeviceUnderEveryPolicy) {
-  const Checks checks(false);
+  const Unchecked faster;
   const auto report = run_parity(std::string(REPRISE_SOURCE_DIR) + "/tests/golden/" + GetParam(),
                                  {.device = kDevice, .every_policy = true});
   ASSERT_TRUE(report.ok()) << report.status();
@@ -279,21 +346,21 @@ TEST_P(Parity, HoldsOnTheDeviceUnderEveryPolicy) {
 INSTANTIATE_TEST_SUITE_P(All, Parity, ::testing::Values("gpt2", "qwen2_dora", "internlm2", "clip"),
                          [](const auto& name) { return std::string(name.param); });
 
-TEST(Devices, WhatIsNotThereIsRefused) {
-  const Device second{DeviceKind::cuda, 1};
-  EXPECT_EQ(expect_usable(second).message(), "[cuda] device must be cuda:0, got cuda:1");
-  EXPECT_EQ(run_parity("nowhere", {.device = second}).status().code(),
+TEST_F(Devices, WhatIsNotThereIsRefused) {
+  const Device none{DeviceKind::cuda, 99};
+  EXPECT_TRUE(expect_usable(none).message().ends_with("got cuda:99")) << expect_usable(none);
+  EXPECT_EQ(run_parity("nowhere", {.device = none}).status().code(),
             absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(expect_usable(kDevice).ok());
 }
 
-TEST(DevicesDeathTest, HostCodeCannotTouchTheirMemory) {
-#if !defined(__SANITIZE_ADDRESS__)
+#if defined(REPRISE_SHIM_DEVICE) && !defined(__SANITIZE_ADDRESS__)
+TEST(ShimDeathTest, HostCodeCannotTouchTheMemory) {
   const Tensor there = Tensor::full({4}, DType::f32, 1, kDevice);
   EXPECT_DEATH({ *static_cast<volatile float*>(there.data<float>()) = 2; },
                "the host touches memory of the device");
-#endif
 }
+#endif
 
 }  // namespace
 }  // namespace reprise::train
