@@ -79,7 +79,9 @@ if(REPRISE_CUDA)
   # Calls of a library, no kernel: the host's compiler takes all of it.
   set_source_files_properties(${PROJECT_SOURCE_DIR}/kernels/matmul.cu PROPERTIES
     LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
-  target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+  foreach(layer core kernels)
+    target_compile_options(reprise_${layer} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+  endforeach()
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()
 

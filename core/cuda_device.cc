@@ -19,10 +19,42 @@ namespace {
 
 constexpr int kMostDevices = 16;
 
+std::string version_text(int version) {
+  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+}
+
+[[noreturn]] void fail_without_device() {
+  int found = 0, driver = 0;
+  const cudaError_t status = cudaGetDeviceCount(&found);
+  cudaDriverGetVersion(&driver);  // 0: there is none
+  const std::string needed = version_text(CUDART_VERSION);
+  if (driver == 0) {
+    fail("cuda", "this machine has no NVIDIA driver: install one that supports CUDA {}", needed);
+  }
+  if (status == cudaErrorInsufficientDriver) {
+    fail("cuda", "the driver supports CUDA {}, this build needs {}: install a newer driver",
+         version_text(driver), needed);
+  }
+  fail("cuda", "the driver sees no device: {}", cudaGetErrorString(status));
+}
+
+// Kernels are compiled for 8.0 and what runs its code, and for 9.0.
+void expect_new_enough(Device device) {
+  cudaDeviceProp card{};
+  cuda_check("cuda", cudaGetDeviceProperties(&card, device.index));
+  if (card.major < 8) {
+    fail("cuda", "{} is {} with compute capability {}.{}: the kernels need 8.0 or later",
+         to_string(device), static_cast<const char*>(card.name), card.major, card.minor);
+  }
+}
+
 // Makes the device current on this thread while it lives.
 class Current {
  public:
   explicit Current(Device device) {
+    if (device.kind == DeviceKind::cuda && cuda_device_count() == 0) {
+      fail_without_device();
+    }
     if (device.kind != DeviceKind::cuda || device.index < 0 ||
         device.index >= cuda_device_count()) {
       fail("cuda", "device must be one of {} (cuda:0 ..), got {}", cuda_device_count(),
@@ -233,6 +265,7 @@ Allocator& cuda_allocator(Device device) {
   const std::lock_guard lock(allocators().mutex);
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
+    expect_new_enough(device);
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;
@@ -278,6 +311,13 @@ void cuda_synchronize(Device device) {
   expect_not_capturing("cuda_synchronize", "the host waits for the device");
   const Current current(device);
   cuda_check("cuda_synchronize", cudaStreamSynchronize(stream_of(device)));
+}
+
+CudaBytes cuda_bytes(Device device) {
+  const Current current(device);
+  std::size_t free_bytes = 0, total_bytes = 0;
+  cuda_check("cuda", cudaMemGetInfo(&free_bytes, &total_bytes));
+  return {static_cast<std::int64_t>(free_bytes), static_cast<std::int64_t>(total_bytes)};
 }
 
 void* cuda_stream(Device device) {

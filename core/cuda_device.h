@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "core/allocator.h"
@@ -24,7 +26,20 @@ std::vector<Device> cuda_devices_in_use();
 // when the host may touch its side again.
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device, std::size_t bytes);
 void cuda_zero(void* at, Device device, std::size_t bytes);
+// One dimension of a strided copy; strides in elements.
+struct CopyLoop {
+  std::int64_t size, to_stride, from_stride;
+};
+// Elements of 2, 4 or 8 bytes within one device, by a kernel, in order of its stream. At most as
+// many loops as a shape has dimensions, outermost first, none of size 0. `from` null: zeros.
+void cuda_copy_strided(void* to, const void* from, Device device, std::span<const CopyLoop> loops,
+                       std::size_t element_bytes);
 void cuda_synchronize(Device device);
+// Of the whole device, other programs' use counted, as the driver says.
+struct CudaBytes {
+  std::int64_t free_bytes, total_bytes;
+};
+CudaBytes cuda_bytes(Device device);
 // The cudaStream_t on which kernels and copies of the device run. Makes the device current on this
 // thread, as a launch on that stream wants it.
 void* cuda_stream(Device device);

@@ -31,6 +31,9 @@ void cuda_copy(void*, Device, const void*, Device, std::size_t) {
 void cuda_zero(void*, Device, std::size_t) {
   absent();
 }
+void cuda_copy_strided(void*, const void*, Device, std::span<const CopyLoop>, std::size_t) {
+  absent();
+}
 void* cuda_stream(Device) {
   absent();
 }
@@ -38,6 +41,9 @@ void cuda_check(const char*, int) {
   absent();
 }
 void cuda_synchronize(Device) {
+  absent();
+}
+CudaBytes cuda_bytes(Device) {
   absent();
 }
 

@@ -9,14 +9,10 @@
 namespace reprise {
 namespace {
 
-// One dimension of a strided copy after neighbours that lie together were merged.
-struct Loop {
-  std::int64_t size, to_stride, from_stride;
-};
-
-std::vector<Loop> merged_loops(const Shape& shape, const Tensor::Strides& to,
-                               const Tensor::Strides& from) {
-  std::vector<Loop> loops;
+// Dimensions of a strided copy after neighbours that lie together were merged.
+std::vector<CopyLoop> merged_loops(const Shape& shape, const Tensor::Strides& to,
+                                   const Tensor::Strides& from) {
+  std::vector<CopyLoop> loops;
   for (int dim = 0; dim < shape.rank(); ++dim) {
     if (shape[dim] == 1) {
       continue;
@@ -31,12 +27,12 @@ std::vector<Loop> merged_loops(const Shape& shape, const Tensor::Strides& to,
   return loops;
 }
 
-void copy_loops(std::span<const Loop> loops, char* to, const char* from, std::int64_t bytes) {
+void copy_loops(std::span<const CopyLoop> loops, char* to, const char* from, std::int64_t bytes) {
   if (loops.empty()) {
     std::memcpy(to, from, static_cast<std::size_t>(bytes));
     return;
   }
-  const Loop& loop = loops.front();
+  const CopyLoop& loop = loops.front();
   if (loops.size() == 1 && loop.to_stride == 1 && loop.from_stride == 1) {
     std::memcpy(to, from, static_cast<std::size_t>(loop.size * bytes));
     return;
@@ -47,7 +43,7 @@ void copy_loops(std::span<const Loop> loops, char* to, const char* from, std::in
   }
 }
 
-void zero_loops(std::span<const Loop> loops, char* at, std::int64_t bytes) {
+void zero_loops(std::span<const CopyLoop> loops, char* at, std::int64_t bytes) {
   if (loops.empty() || (loops.size() == 1 && loops.front().to_stride == 1)) {
     std::memset(at, 0, static_cast<std::size_t>((loops.empty() ? 1 : loops.front().size) * bytes));
     return;
@@ -317,11 +313,21 @@ void Tensor::copy_from(const Tensor& source) const {
   if (numel() == 0 || is_meta()) {
     return;
   }
-  if (device_.kind == DeviceKind::cuda || source.device_.kind == DeviceKind::cuda) {
-    const Tensor to = is_contiguous() ? *this : empty(shape_, dtype_, device_);
-    const Tensor from = source.contiguous();
+  const bool cuda = device_.kind == DeviceKind::cuda;
+  if (cuda && source.device_ == device_ && !(is_contiguous() && source.is_contiguous())) {
+    cuda_copy_strided(raw(), source.raw(), device_, merged_loops(shape_, strides_, source.strides_),
+                      size_bytes(dtype_));
+    return;
+  }
+  if (cuda || source.device_.kind == DeviceKind::cuda) {
+    // What is strided goes through a dense copy on its own side.
+    const Tensor from = source.contiguous(MemoryKind::workspace);
+    const Tensor to =
+        is_contiguous() ? *this : empty(shape_, dtype_, device_, MemoryKind::workspace);
     cuda_copy(to.raw(), to.device_, from.raw(), from.device_, static_cast<std::size_t>(bytes()));
-    ensure(is_contiguous(), "copies into strided device memory go through a kernel");
+    if (!is_contiguous()) {
+      copy_from(to);
+    }
     return;
   }
   const auto loops = merged_loops(shape_, strides_, source.strides_);
@@ -333,11 +339,12 @@ void Tensor::zero() const {
   if (is_meta() || numel() == 0) {
     return;
   }
-  if (!is_contiguous() && device_.kind != DeviceKind::cuda) {
+  if (!is_contiguous() && device_.kind == DeviceKind::cuda) {
+    cuda_copy_strided(raw(), nullptr, device_, merged_loops(shape_, strides_, strides_),
+                      size_bytes(dtype_));
+  } else if (!is_contiguous()) {
     zero_loops(merged_loops(shape_, strides_, strides_), static_cast<char*>(raw()),
                static_cast<std::int64_t>(size_bytes(dtype_)));
-  } else if (!is_contiguous()) {
-    copy_from(zeros(shape_, dtype_, device_, MemoryKind::workspace));
   } else if (device_.kind == DeviceKind::cuda) {
     cuda_zero(raw(), device_, static_cast<std::size_t>(bytes()));
   } else {

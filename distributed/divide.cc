@@ -3,12 +3,16 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "kernels/reduce.h"
 
 namespace reprise::distributed {
 
 void divide(const Tensor& data, double divisor) {
   if (divisor == 1.0 || data.is_meta()) {
     return;
+  }
+  if (data.device().kind == DeviceKind::cuda) {
+    return kernels::scale_all({&data, 1}, 1 / divisor);
   }
   const auto by = static_cast<float>(divisor);
   auto each = [&](auto* x, auto&& f) {

@@ -19,69 +19,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/launch.cuh"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
-#include "core/cuda_device.h"
-#elif !defined(REPRISE_SIMT)
-#error "a .cu file is compiled by nvcc, or for the SIMT shim with -include tests/simt/simt.h"
 #endif
 
 namespace reprise::kernels::cuda {
-
-struct LaunchShape {
-  dim3 grid, block;
-  std::size_t shared_bytes = 0;  // dynamic
-};
-
-#if defined(__CUDACC__)
-
-// Starts a kernel in order of the stream. `name` stands in errors.
-template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStream_t stream,
-            const A&... arguments) {
-  constexpr std::size_t kWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kWithoutAsking) {
-    cuda_check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shape.shared_bytes)));
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  cuda_check(name, cudaLaunchKernelEx(&config, kernel, P(arguments)...));
-}
-
-// The block's dynamic shared memory, 16-byte aligned.
-template <class T>
-__device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
-  return reinterpret_cast<T*>(dynamic_shared_memory);
-}
-
-#else
-
-template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStream_t,
-            const A&... arguments) {
-  const auto call = [&]() __attribute__((no_sanitize("thread"))) {
-    kernel(P(arguments)...);
-  };
-  simt::run(
-      name, shape.grid, shape.block, shape.shared_bytes,
-      [](const void* at)
-          __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(call)*>(at))(); },
-      &call);
-}
-
-template <class T>
-T* dynamic_shared() {
-  return static_cast<T*>(simt::dynamic_shared_memory());
-}
-
-#endif
 
 __device__ __forceinline__ float to_float(float x) {
   return x;

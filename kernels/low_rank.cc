@@ -62,11 +62,19 @@ void check_gradient(std::string_view op, std::string_view argument, const LowRan
 }
 
 bool on_cuda(const Tensor& x) {
-  return x.device().kind == DeviceKind::cuda;
+  return side_of(x.device()) == DeviceKind::cuda;
+}
+
+// Takes no workspace, so that there is nothing to do on meta.
+void product_on_cuda([[maybe_unused]] const LowRankProduct& product,
+                     [[maybe_unused]] std::string_view op, const Tensor& model) {
+  if (!model.is_meta()) {
+    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(product, cuda_stream(model.device())));
+  }
 }
 
 // s drop(x) A^T and its gradients, but for what differs.
-[[maybe_unused]] LowRankProduct product(const LowRankShapes& size, const LowRankOptions& options) {
+LowRankProduct product(const LowRankShapes& size, const LowRankOptions& options) {
   LowRankProduct product;
   product.k = size.in;
   product.scale = static_cast<float>(options.scale);
@@ -90,7 +98,7 @@ void low_rank(const Tensor& x, const Tensor& a, const LowRankOptions& options, c
     p.left = {from, false, dropped};
     p.right = {weight};
     p.to = to;
-    REPRISE_CUDA_SIDE("low_rank", cuda::low_rank_product(p, cuda_stream(x.device())));
+    product_on_cuda(p, "low_rank", x);
     return;
   }
   cpu::low_rank(x, a, options, u);
@@ -119,7 +127,7 @@ void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
     p.to = matrix(op, "dx", dx.tensor);
     p.drop_result = dropped;
     p.accumulate = dx.accumulate;
-    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(x.device())));
+    product_on_cuda(p, op, x);
   }
   if (da.tensor.defined()) {
     p.m = size.rank;
@@ -129,7 +137,7 @@ void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
     p.to = matrix(op, "da", da.tensor);
     p.drop_result = false;
     p.accumulate = da.accumulate;
-    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(x.device())));
+    product_on_cuda(p, op, x);
   }
 }
 
@@ -164,7 +172,7 @@ void add_low_rank(const Tensor& y, const Tensor& u, const Tensor& b, const Tenso
     p.m = rows;
     p.n = b.size(0);
     p.k = b.size(1);
-    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(y.device())));
+    product_on_cuda(p, op, y);
     return;
   }
   cpu::add_low_rank(y, u, b, z);
@@ -190,7 +198,7 @@ void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
     p.right = {matrix(op, "b", b), true};
     p.to = matrix(op, "du", du.tensor);
     p.accumulate = du.accumulate;
-    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(dz.device())));
+    product_on_cuda(p, op, dz);
   }
   if (db.tensor.defined()) {
     p.m = b.size(0);
@@ -199,7 +207,7 @@ void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
     p.right = {matrix(op, "u", u), true};
     p.to = matrix(op, "db", db.tensor);
     p.accumulate = db.accumulate;
-    REPRISE_CUDA_SIDE(op, cuda::low_rank_product(p, cuda_stream(dz.device())));
+    product_on_cuda(p, op, dz);
   }
 }
 
@@ -231,8 +239,10 @@ void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b
     p.n = in;
     p.k = a.size(0);
     p.scale = static_cast<float>(factor);
-    REPRISE_CUDA_SIDE(
-        op, cuda::merged_norms(base, in_out, p, v.data<float>(), cuda_stream(w.device())));
+    if (!w.is_meta()) {
+      REPRISE_CUDA_SIDE(
+          op, cuda::merged_norms(base, in_out, p, v.data<float>(), cuda_stream(w.device())));
+    }
     return;
   }
   cpu::merged_norms(w, in_out, a, b, factor, v);

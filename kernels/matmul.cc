@@ -92,7 +92,6 @@ void fill_without_product(const Tensor& c, const MatmulOptions& options, const T
   }
 }
 
-#if defined(REPRISE_HAS_CUDA)
 // Rows that lie together: with others the library might take another order of sums.
 Tensor dense(const Tensor& matrix) {
   if (matrix.is_contiguous()) {
@@ -105,8 +104,8 @@ Tensor dense(const Tensor& matrix) {
 }
 
 // The library has no f32 product that gives bf16, nor a bias of another dtype than the output.
-void cuda_matmul(TileShape s, const Tensor& a, const Tensor& b, const Tensor& c,
-                 const Tensor& bias) {
+void matmul_on_cuda(TileShape s, const Tensor& a, const Tensor& b, const Tensor& c,
+                    const Tensor& bias) {
   const Device device = c.device();
   const auto workspace = [&](const Shape& shape, DType dtype) {
     return Tensor::empty(shape, dtype, device, MemoryKind::workspace);
@@ -130,13 +129,15 @@ void cuda_matmul(TileShape s, const Tensor& a, const Tensor& b, const Tensor& c,
   s.ldb = s.transpose_b ? s.k : s.n;
   s.ldc = s.n;
   const Tensor own = workspace(Shape{cuda::matmul_workspace_bytes() / 4}, DType::f32);
-  cuda::matmul(s, dense_a.raw(), dense_b.raw(), to.raw(), row.defined() ? row.raw() : nullptr,
-               own.raw(), cuda_stream(device));
+  if (!c.is_meta()) {
+    REPRISE_CUDA_SIDE("matmul", cuda::matmul(s, dense_a.raw(), dense_b.raw(), to.raw(),
+                                             row.defined() ? row.raw() : nullptr, own.raw(),
+                                             cuda_stream(device)));
+  }
   if (!direct) {
     accumulates ? accumulate(c, to) : cast(to, c);
   }
 }
-#endif
 
 }  // namespace
 
@@ -149,9 +150,8 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& c, const MatmulOptio
   if (s.k == 0) {
     return fill_without_product(c, options, bias);
   }
-  if (c.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("matmul", cuda_matmul(s, a, b, c, bias));
-    return;
+  if (side_of(c.device()) == DeviceKind::cuda) {
+    return matmul_on_cuda(s, a, b, c, bias);
   }
   // The library's order of sums changes with the strides, so all are made the same.
   const Tensor dense_a = a.contiguous(MemoryKind::workspace);

@@ -23,7 +23,6 @@ namespace reprise::kernels::cuda {
 namespace {
 
 constexpr int kMostDevices = 16;
-constexpr std::int64_t kWorkspaceBytes = std::int64_t{32} << 20;  // what NVIDIA advises for Hopper
 
 void check(const char* what, cublasStatus_t status) {
   if (status != CUBLAS_STATUS_SUCCESS) {
@@ -140,7 +139,8 @@ void choose(cublasLtHandle_t library, const Key& key, Plan& plan) {
   cublasLtMatmulPreference_t made = nullptr;
   check("preference", cublasLtMatmulPreferenceCreate(&made));
   const Owned<cublasLtMatmulPreference_t> preference(made);
-  set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::uint64_t>(kWorkspaceBytes));
+  set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+      static_cast<std::uint64_t>(matmul_workspace_bytes()));
   set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
       std::uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<std::uint32_t>(key.aligned[1]));
@@ -201,10 +201,6 @@ Library& library() {
 
 }  // namespace
 
-std::int64_t matmul_workspace_bytes() {
-  return kWorkspaceBytes;
-}
-
 void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
             void* workspace, void* stream) {
   int device = 0;
@@ -219,11 +215,11 @@ void matmul(const TileShape& s, const void* a, const void* b, void* c, const voi
     description = with_bias.get();
   }
   const float one = 1.0f, beta = s.accumulate ? 1.0f : 0.0f;
-  check("product",
-        cublasLtMatmul(library().handle(device), description, &one, b, plan->first.get(), a,
-                       plan->second.get(), &beta, c, plan->result.get(), c, plan->result.get(),
-                       &plan->algorithm, workspace, static_cast<std::size_t>(kWorkspaceBytes),
-                       static_cast<cudaStream_t>(stream)));
+  check("product", cublasLtMatmul(library().handle(device), description, &one, b, plan->first.get(),
+                                  a, plan->second.get(), &beta, c, plan->result.get(), c,
+                                  plan->result.get(), &plan->algorithm, workspace,
+                                  static_cast<std::size_t>(matmul_workspace_bytes()),
+                                  static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace reprise::kernels::cuda

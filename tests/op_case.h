@@ -58,8 +58,6 @@ struct OpCase {
   bool benchmark = false;  // also a row of bench/kernels (its sizes are then large)
   bool test = true;        // false: only a benchmark
   bool cuda = false;       // the family has a CUDA side: the row runs there too
-  // That side takes another workspace than the CPU's, which is what a dry run counts.
-  bool own_workspace_on_cuda = false;
   // Both by a formula of the row's own, with every gradient asked for; -1: not compared.
   std::int64_t forward_flops = -1, backward_flops = -1;
 };

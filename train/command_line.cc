@@ -23,6 +23,7 @@
 #include "train/demo.h"
 #include "train/launch.h"
 #include "train/memory.h"
+#include "train/on_device.h"
 #include "train/parity.h"
 #include "train/trainer.h"
 
@@ -145,14 +146,23 @@ struct Invocation {
   std::string command;
   DemoOptions demo;
   ParityOptions parity;
-  std::string case_folder, dtype = "f32";
+  std::string case_folder, dtype = "f32", device = "cpu";
   DryRunOptions dry;
   InitOptions init;
   std::string config, folder, dry_dtype = "bf16";
   bool as_json = false;
 };
 
-void add_demo(CLI::App& app, DemoOptions& demo) {
+CLI::Validator a_device() {
+  return CLI::Validator(
+      [](const std::string& text) {
+        const absl::StatusOr<Device> device = parse_device(text);
+        return device.ok() ? std::string() : std::string(device.status().message());
+      },
+      "cpu, cuda or cuda:N");
+}
+
+void add_demo(CLI::App& app, DemoOptions& demo, std::string& device) {
   CLI::App* command =
       app.add_subcommand("demo", "Train a small decoder on real text and compare the policies.");
   command->add_option("--text", demo.text, "A UTF-8 text file instead of the quotations")
@@ -173,6 +183,7 @@ void add_demo(CLI::App& app, DemoOptions& demo) {
   command->add_option("--learning-rate", demo.learning_rate, "The highest, after the warmup")
       ->check(positive());
   command->add_option("--seed", demo.seed, "Of weights and data")->check(whole());
+  command->add_option("--device", device, "Where to train")->check(a_device());
   command->add_flag("--quiet", demo.quiet, "No progress line");
   command->add_flag("--dry-run", demo.dry_run,
                     "Predict the memory of a step on each of --ranks ranks, and end");
@@ -183,6 +194,7 @@ void add_parity(CLI::App& app, Invocation& asked) {
       app.add_subcommand("parity", "Compare a model with what the reference computed.");
   command->add_option("DIR", asked.case_folder, "The case")->required();
   command->add_option("--dtype", asked.dtype, "f32 or bf16")->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option("--device", asked.device, "Where to compute")->check(a_device());
   command->add_option("--policy", asked.parity.policy, "What segments keep")
       ->check(CLI::IsMember(Policies::names()));
   command->add_flag("--every-policy", asked.parity.every_policy,
@@ -247,12 +259,15 @@ Invocation parse(const std::vector<std::string>& words) {
       "--ranks", ranks,
       "Processes for demo, started with mpirun; for memory and a dry run, of the job meant");
   app.add_option("--watchdog", watchdog, "Seconds after which ranks that stand still are ended");
-  add_demo(app, asked.demo);
+  add_demo(app, asked.demo, asked.device);
   add_parity(app, asked);
   add_init(app, asked);
   add_dry_run(app, asked, "memory", "Predict the memory of a training step, by kind and policy.");
   add_dry_run(app, asked, "explain", "Show what segments hold and keep, and what a replay costs.");
   app.get_subcommand("memory")->add_flag("--json", asked.as_json, "Print JSON");
+  app.get_subcommand("memory")
+      ->add_option("--device", asked.device, "Whose bytes: cpu or cuda, which need not be here")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   app.get_subcommand("memory")
       ->add_option("--stage", asked.dry.stage, "Of sharding over --ranks ranks")
       ->check(CLI::IsMember({0, 1, 2, 3}));
@@ -277,6 +292,8 @@ Invocation parse(const std::vector<std::string>& words) {
   }
   asked.command = app.get_subcommands().front()->get_name();
   asked.parity.dtype = asked.init.dtype = asked.dtype == "bf16" ? DType::bf16 : DType::f32;
+  asked.demo.device = asked.parity.device = *parse_device(asked.device);
+  asked.dry.device = asked.demo.device.kind;
   asked.dry.dtype = asked.dry_dtype == "bf16" ? DType::bf16 : DType::f32;
   if (std::ranges::find(kOfTheScript, asked.command) != std::end(kOfTheScript)) {
     fmt::print(stderr, "reprise: {0} is a command of the script: ./reprise {0}\n", asked.command);

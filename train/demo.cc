@@ -19,6 +19,7 @@
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
 #include "train/digest.h"
+#include "train/on_device.h"
 #include "train/policy_table.h"
 #include "train/progress.h"
 #include "train/sample.h"
@@ -54,11 +55,11 @@ double learning_rate(double highest, double fraction) {
   return highest * (0.1 + 0.45 * (1 + std::cos(std::numbers::pi * along)));
 }
 
-double validation_loss(Trainer& trainer, const ByteData& data) {
+double validation_loss(Trainer& trainer, const ByteData& data, Device device) {
   double sum = 0;
   const auto count = std::min<std::int64_t>(kValidationBatches, data.validation_batches());
   for (std::int64_t i = 0; i < count; ++i) {
-    sum += trainer.evaluate(data.validation(i));
+    sum += trainer.evaluate(data.validation(i, device));
   }
   return sum / static_cast<double>(count);
 }
@@ -112,7 +113,8 @@ SweepHooks hooks_of(distributed::Sharding& sharding) {
 // What a rank draws from: one generator a shard, or its own.
 class Shards {
  public:
-  Shards(const DemoOptions& options, const distributed::Communicator& ranks) {
+  Shards(const DemoOptions& options, const distributed::Communicator& ranks)
+      : device_(options.device) {
     const int count = options.shards > 0 ? options.shards / ranks.size() : 1;
     for (int s = 0; s < count; ++s) {  // at places of the stream that are far apart
       generators_.push_back(
@@ -122,12 +124,13 @@ class Shards {
   std::vector<nn::Batch> draw(const ByteData& data) {
     std::vector<nn::Batch> batches;
     for (Generator& generator : generators_) {
-      batches.push_back(data.draw(generator));
+      batches.push_back(data.draw(generator, device_));
     }
     return batches;
   }
 
  private:
+  Device device_;
   std::vector<Generator> generators_;
 };
 
@@ -182,11 +185,11 @@ void print_head(nn::LanguageModel& model, std::string_view text, const ByteData&
     count += p->value().numel();
   }
   fmt::print(
-      "A decoder of {:.1f} M parameters, {} of text ({} to train on), {} rank{} of {} thread{}{}, "
-      "policy {}.\n",
-      static_cast<double>(count) / 1e6, human_bytes(static_cast<std::int64_t>(text.size())),
-      human_bytes(data.train_bytes()), ranks.size(), ranks.size() == 1 ? "" : "s", threads(),
-      threads() == 1 ? "" : "s",
+      "A decoder of {:.1f} M parameters on {}, {} of text ({} to train on), {} rank{} of {} "
+      "thread{}{}, policy {}.\n",
+      static_cast<double>(count) / 1e6, to_string(options.device),
+      human_bytes(static_cast<std::int64_t>(text.size())), human_bytes(data.train_bytes()),
+      ranks.size(), ranks.size() == 1 ? "" : "s", threads(), threads() == 1 ? "" : "s",
       options.stage == 0 ? "" : fmt::format(", sharding stage {}", options.stage), options.policy);
 }
 
@@ -216,6 +219,10 @@ absl::Status check_ranks(const DemoOptions& options, int ranks) {
     return absl::InvalidArgumentError(
         "--shards and --stage are for one of them at a time: the table sweeps once a step");
   }
+  if (options.device != cpu && ranks > 1) {
+    return absl::InvalidArgumentError(
+        "--ranks trains on the CPUs of its processes: leave out --device");
+  }
   return absl::OkStatus();
 }
 
@@ -239,6 +246,9 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
   if (const absl::Status checked = check_ranks(options, ranks); !checked.ok()) {
     return checked;
   }
+  if (const absl::Status usable = expect_usable(options.device); !usable.ok()) {
+    return usable;
+  }
   const std::int64_t least_bytes = ByteData::least_bytes(kTokens);
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
 }
@@ -258,7 +268,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
       {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
   require_same(ranks, settings, "the start of the demo");
   const ByteData data(*text, kBatch / std::max(ranks.size(), options.shards), kTokens);
-  const auto model = demo_model(cpu);
+  const auto model = demo_model(options.device);
   const auto meta_model = demo_model(meta);
   Generator generator{options.seed, 0};
   model->initialize(generator);
@@ -290,7 +300,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     trainer.forward_backward(Shards(options, ranks).draw(data), 1);
     return write_gradients(trainer.parameters(), sharding, options.gradients_out, prints);
   }
-  const double before = validation_loss(trainer, data);
+  const double before = validation_loss(trainer, data, options.device);
   if (prints) {
     print_head(*model, *text, data, options, ranks);
   }
@@ -308,7 +318,7 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     }
     reduce(0);  // the table's sweeps are single ones
   }
-  const double after = validation_loss(trainer, data);
+  const double after = validation_loss(trainer, data, options.device);
   if (prints) {
     fmt::print("Validation loss after: {:.4f}\n", after);
   }
@@ -319,8 +329,8 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
     std::fflush(stdout);
   }
   model->evaluate();
-  const auto rows = policy_table(*model, *meta_model, data.validation(ranks.rank()), 3,
-                                 sharding != nullptr ? hooks_of(*sharding) : trainer.hooks);
+  const auto rows = policy_table(*model, *meta_model, data.validation(ranks.rank(), options.device),
+                                 3, sharding != nullptr ? hooks_of(*sharding) : trainer.hooks);
   if (prints) {
     fmt::print("{}\n", to_string(rows));
   }

@@ -22,6 +22,7 @@ struct DemoOptions {
   std::string gradients_out;           // write one step's gradients there (safetensors) and end
   double learning_rate = 1e-3;         // the highest, after the warmup
   std::uint64_t seed = 1;
+  Device device = cpu;
   int shards = 0;  // of the batch, each its own sweep: every number of ranks gives the same bits
   int stage = 0;   // of sharding over the ranks (distributed/sharding.h); 0: none
   bool quiet = false;    // no progress line
@@ -40,8 +41,9 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks);
 // for shards, whose sums it does not count.
 absl::StatusOr<MemoryTable> predict_demo(const DemoOptions& options, int ranks);
 
-// Prints to standard output. InvalidArgument and NotFound for a text that cannot be used; Internal
-// when the policies' gradients differ or a prediction is off.
+// Prints to standard output. InvalidArgument and NotFound for a text that cannot be used,
+// FailedPrecondition for a device; Internal when the policies' gradients differ or a prediction is
+// off.
 // With several ranks the batch is split, gradients are reduced, and rank 0 prints.
 absl::Status run_demo(const DemoOptions& options, distributed::Communicator& communicator);
 

@@ -23,7 +23,8 @@ Digest::~Digest() = default;
 void Digest::add(std::string_view name, const Tensor& tensor) {
   XXH3_128bits_update(state_->xxh, name.data(), name.size());
   if (tensor.numel() > 0) {
-    XXH3_128bits_update(state_->xxh, tensor.raw(), static_cast<std::size_t>(tensor.bytes()));
+    const Tensor host = tensor.device().kind == DeviceKind::cuda ? tensor.to(cpu) : tensor;
+    XXH3_128bits_update(state_->xxh, host.raw(), static_cast<std::size_t>(host.bytes()));
   }
 }
 

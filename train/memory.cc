@@ -152,6 +152,7 @@ std::string adapter_text(const MemoryTable& table) {
 }
 
 MemoryTable table_of(Subject& subject, const DryRunOptions& options) {
+  const DryRunFor stands_for(options.device);
   nn::Model& model = *subject.model;
   MemoryTable table{.model = std::string(model.type()), .options = options};
   const std::vector<Parameter*> trainable = model.trainable_parameters();
@@ -224,8 +225,9 @@ std::string to_text(const MemoryTable& table) {
                 (o.gather_again == 0 ? ""
                                      : fmt::format(", gathering again after {}", o.gather_again));
   std::string text =
-      fmt::format("{}, {} parameters in {}{}; {} x {} tokens, AdamW{}\n\n", table.model,
-                  table.parameters, name(o.dtype), adapter_text(table), o.batch, o.tokens, job);
+      fmt::format("{}, {} parameters in {}{}{}; {} x {} tokens, AdamW{}\n\n", table.model,
+                  table.parameters, name(o.dtype), o.device == DeviceKind::cuda ? " on cuda" : "",
+                  adapter_text(table), o.batch, o.tokens, job);
   text += fmt::format("{:<21} {:>11}", "policy", "peak");
   const auto column = [](std::size_t kind) {
     return std::max<std::size_t>(11, name(static_cast<MemoryKind>(kind)).size());
@@ -258,6 +260,7 @@ std::string to_json(const MemoryTable& table) {
   nlohmann::ordered_json json = {{"model", table.model},
                                  {"parameters", table.parameters},
                                  {"trainable", table.trainable},
+                                 {"device", o.device == DeviceKind::cuda ? "cuda" : "cpu"},
                                  {"dtype", name(o.dtype)},
                                  {"batch", o.batch},
                                  {"tokens", o.tokens},

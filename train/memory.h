@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "core/allocator.h"
+#include "core/device.h"
 #include "core/dtype.h"
 #include "train/trainer.h"
 
@@ -21,6 +22,7 @@ struct DryRunOptions {
   bool weight_decomposed = false;
   std::string policy;  // empty: each
   DType dtype = DType::bf16;
+  DeviceKind device = DeviceKind::cpu;  // that the bytes are those of; it need not be here
   int ranks = 1;  // of a job; the bytes are those of its first rank, which has the most
   int stage = 0;  // of sharding over them (distributed/sharding.h); 0: none
   std::int64_t gather_again = 0;  // ShardingOptions::gather_again

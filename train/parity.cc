@@ -20,6 +20,7 @@
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
 #include "train/digest.h"
+#include "train/on_device.h"
 
 namespace reprise::train {
 namespace {
@@ -182,9 +183,9 @@ absl::StatusOr<Case> read_case(const std::string& folder) {
   return result;
 }
 
-absl::StatusOr<Subject> load_subject(const Case& parity, DType dtype) {
+absl::StatusOr<Subject> load_subject(const Case& parity, nn::Place place) {
   absl::StatusOr<std::unique_ptr<nn::Model>> model =
-      nn::load_model(parity.folder, {.place = {cpu, dtype}});
+      nn::load_model(parity.folder, {.place = place});
   if (!model.ok()) {
     return model.status();
   }
@@ -219,7 +220,7 @@ Tensor forward_backward(Subject& subject, const nn::Batch& batch, const std::str
   Tape tape;
   const Tape::Scope scope(tape, Policies::named(policy));
   const Variable loss = subject.model->loss(batch);
-  const Tensor value = loss.tensor().clone();
+  const Tensor value = loss.tensor().to(cpu).clone();
   backward(loss);
   return value;
 }
@@ -227,19 +228,20 @@ Tensor forward_backward(Subject& subject, const nn::Batch& batch, const std::str
 void add_gradients(const Subject& subject, Values& values) {
   for (const auto& [key, parameter] : subject.gradients) {
     if (parameter->has_gradient()) {
-      values[key] = parameter->gradient().clone();
+      values[key] = parameter->gradient().to(cpu).clone();
     }
   }
 }
 
-std::vector<float> step_losses(Subject& subject, const Case& parity, const std::string& policy) {
+std::vector<float> step_losses(Subject& subject, const Case& parity, const nn::Batch& batch,
+                               const std::string& policy) {
   const Optimizer& o = *parity.optimizer;
   nn::AdamW optimizer(
       subject.model->trainable_parameters(),
       {.beta1 = o.beta1, .beta2 = o.beta2, .epsilon = o.epsilon, .weight_decay = o.decay});
   std::vector<float> losses;
   for (std::int64_t step = 0; step < parity.steps; ++step) {
-    losses.push_back(forward_backward(subject, parity.batch, policy).item<float>());
+    losses.push_back(forward_backward(subject, batch, policy).item<float>());
     optimizer.step(o.rate);
   }
   return losses;
@@ -376,7 +378,7 @@ std::string first_difference(const Values& a, const Values& b) {
 }
 
 // Loss and gradients under each policy, the first of which are also the values to compare.
-void run_policies(Subject& subject, const Case& parity, const ParityOptions& options,
+void run_policies(Subject& subject, const nn::Batch& batch, const ParityOptions& options,
                   Values& values, ParityReport& report) {
   std::vector<std::string> policies{options.policy};
   if (options.every_policy) {
@@ -385,7 +387,7 @@ void run_policies(Subject& subject, const Case& parity, const ParityOptions& opt
   Values first;
   for (const std::string& policy : policies) {
     Values run;
-    run["out.loss"] = forward_backward(subject, parity.batch, policy);
+    run["out.loss"] = forward_backward(subject, batch, policy);
     add_gradients(subject, run);
     if (first.empty()) {
       first = run;
@@ -406,15 +408,16 @@ absl::Status compute(const Case& parity, Subject& subject, const ParityOptions& 
            });
   };
   try {
+    const nn::Batch batch = on(parity.batch, options.device);
     if (asked("out.")) {
-      for (const nn::NamedOutput& output : subject.model->outputs(parity.batch)) {
-        values["out." + output.name] = output.value.tensor();
+      for (const nn::NamedOutput& output : subject.model->outputs(batch)) {
+        values["out." + output.name] = output.value.tensor().to(cpu);
       }
     }
-    if (subject.model->has_loss(parity.batch)) {
-      run_policies(subject, parity, options, values, report);
+    if (subject.model->has_loss(batch)) {
+      run_policies(subject, batch, options, values, report);
       if (asked("steps.loss") && parity.optimizer) {
-        const std::vector<float> losses = step_losses(subject, parity, options.policy);
+        const std::vector<float> losses = step_losses(subject, parity, batch, options.policy);
         values["steps.loss"] =
             Tensor::from(losses, Shape{static_cast<std::int64_t>(losses.size())});
       }
@@ -447,17 +450,22 @@ double badness(const ParityRow& row) {
 }  // namespace
 
 absl::StatusOr<ParityReport> run_parity(const std::string& folder, const ParityOptions& options) {
+  const absl::Status usable = expect_usable(options.device);
+  if (!usable.ok()) {
+    return usable;
+  }
   const absl::StatusOr<Case> parity = read_case(folder);
   if (!parity.ok()) {
     return parity.status();
   }
-  absl::StatusOr<Subject> subject = load_subject(*parity, options.dtype);
+  absl::StatusOr<Subject> subject = load_subject(*parity, {options.device, options.dtype});
   if (!subject.ok()) {
     return subject.status();
   }
   ParityReport report{.folder = folder,
                       .name = parity->metadata("case"),
                       .reference = parity->metadata("reference"),
+                      .device = options.device,
                       .dtype = options.dtype,
                       .rows = {},
                       .policies = {}};

@@ -25,11 +25,13 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "core/device.h"
 #include "core/dtype.h"
 
 namespace reprise::train {
 
 struct ParityOptions {
+  Device device = cpu;
   DType dtype = DType::f32;
   std::string policy = "inputs-only";
   // Runs under each policy and asks for bitwise equal losses and gradients.
@@ -56,19 +58,20 @@ struct ParityPolicy {
 
 struct ParityReport {
   std::string folder, name, reference;
+  Device device = cpu;
   DType dtype = DType::f32;
   std::vector<ParityRow> rows;  // worst first, measured in tolerances
   std::vector<ParityPolicy> policies;
   bool passed() const;
 };
 
-// Not ok when the case cannot be read: path, key, expected, actual.
+// Not ok when the case cannot be read (path, key, expected, actual) or the device is not there.
 absl::StatusOr<ParityReport> run_parity(const std::string& folder,
                                         const ParityOptions& options = {});
 
 // One line a tensor, worst first, and a closing line.
 std::string to_text(const ParityReport& report);
-// {"case", "folder", "reference", "dtype", "passed", "tensors": [...], "policies": [...]}
+// {"case", "folder", "reference", "device", "dtype", "passed", "tensors": [...], "policies": [...]}
 std::string to_json(const ParityReport& report);
 
 // What `reprise parity` exits with: 0 all within tolerance, 1 not, 2 the case cannot be read.

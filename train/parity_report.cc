@@ -14,9 +14,10 @@ bool ParityReport::passed() const {
 }
 
 std::string to_text(const ParityReport& report) {
-  std::string text = fmt::format(
-      "{} against {}, in {}\n", report.name.empty() ? report.folder : report.name,
-      report.reference.empty() ? "its reference" : report.reference, name(report.dtype));
+  std::string text =
+      fmt::format("{} against {}, in {}{}\n", report.name.empty() ? report.folder : report.name,
+                  report.reference.empty() ? "its reference" : report.reference, name(report.dtype),
+                  report.device == cpu ? "" : " on " + to_string(report.device));
   if (report.dtype != DType::f32 && !report.rows.empty()) {
     text += "the reference is in f32\n";
   }
@@ -50,6 +51,7 @@ std::string to_json(const ParityReport& report) {
   nlohmann::ordered_json json = {{"case", report.name},
                                  {"folder", report.folder},
                                  {"reference", report.reference},
+                                 {"device", to_string(report.device)},
                                  {"dtype", name(report.dtype)},
                                  {"passed", report.passed()},
                                  {"tensors", nlohmann::ordered_json::array()},

@@ -8,6 +8,7 @@
 
 #include "autograd/dry_run.h"
 #include "train/digest.h"
+#include "train/on_device.h"
 #include "train/progress.h"
 
 namespace reprise::train {
@@ -17,19 +18,6 @@ void zero_gradients(nn::Model& model) {
   for (Parameter* p : model.parameters()) {
     p->zero_gradient();
   }
-}
-
-nn::Batch on(const nn::Batch& batch, Device device) {
-  nn::Batch moved = batch;
-  for (Tensor* tensor : {&moved.ids, &moved.labels, &moved.mask, &moved.positions}) {
-    if (tensor->defined()) {
-      *tensor = tensor->to(device);
-    }
-  }
-  if (batch.labels.shares_storage(batch.ids)) {
-    moved.labels = moved.ids;  // counted once, as there
-  }
-  return moved;
 }
 
 }  // namespace
@@ -47,6 +35,8 @@ std::string gradient_digest(const std::vector<Parameter*>& parameters) {
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
                                     int repeats, const SweepHooks& hooks) {
   const nn::Batch meta_batch = on(batch, meta);
+  const Device device = model.parameters().front()->value().device();
+  const DryRunFor stands_for(device.kind);
   std::vector<PolicyRow> rows;
   for (const std::string& name : Policies::names()) {
     PolicyRow row;
@@ -60,16 +50,18 @@ std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, con
     std::vector<double> times;
     for (int i = 0; i < repeats; ++i) {
       hooks.zero_gradients ? hooks.zero_gradients() : zero_gradients(model);
+      wait_for(device);
       const auto start = std::chrono::steady_clock::now();
       BackwardOptions options;
       if (hooks.before) {
         hooks.before(options);
       }
       const StepReport step =
-          measure_step([&] { return model.loss(batch); }, Policies::named(name), cpu, options);
+          measure_step([&] { return model.loss(batch); }, Policies::named(name), device, options);
       if (hooks.after) {
         hooks.after();
       }
+      wait_for(device);
       times.push_back(
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
               .count());

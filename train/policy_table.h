@@ -27,8 +27,9 @@ struct PolicyRow {
 // Names and bytes of all gradients, in order of registration. Parameters without one are skipped.
 std::string gradient_digest(const std::vector<Parameter*>& parameters);
 
-// One row a policy. `meta_model` is the same model on meta. The model's parameters stay as they
-// are; gradients end up zeroed. `hooks` go around the measured sweeps, not the dry runs.
+// One row a policy, on the device of the model. `meta_model` is the same model on meta. The model's
+// parameters stay as they are; gradients end up zeroed. `hooks` go around the measured sweeps, not
+// the dry runs.
 std::vector<PolicyRow> policy_table(nn::Model& model, nn::Model& meta_model, const nn::Batch& batch,
                                     int repeats = 3, const SweepHooks& hooks = {});
 std::string to_string(const std::vector<PolicyRow>& rows);

@@ -39,6 +39,7 @@ std::string sample_text(nn::LanguageModel& model, std::string_view prompt, std::
   if (prompt.empty()) {
     fail("sample", "the prompt must have at least one byte");
   }
+  const Device device = model.parameters().front()->value().device();
   std::string text(prompt);
   for (std::int64_t i = 0; i < count; ++i) {
     const auto length = std::min<std::int64_t>(window, static_cast<std::int64_t>(text.size()));
@@ -47,8 +48,8 @@ std::string sample_text(nn::LanguageModel& model, std::string_view prompt, std::
       ids.push_back(static_cast<unsigned char>(text[k]));
     }
     nn::Batch batch;
-    batch.ids = Tensor::from(ids, {1, length});
-    const Tensor logits = model.logits(batch).tensor().contiguous();  // [1, T, V]
+    batch.ids = Tensor::from(ids, {1, length}, device);
+    const Tensor logits = model.logits(batch).tensor().to(cpu).contiguous();  // [1, T, V]
     if (after_forward) {
       after_forward();
     }

@@ -68,7 +68,7 @@ OpCase linear_row(const std::string& name, std::int64_t tokens, std::int64_t wid
                   std::int64_t words, double items) {
   OpCase op;
   op.name = "linear_cross_entropy/" + name;
-  op.cuda = op.own_workspace_on_cuda = true;
+  op.cuda = true;
   op.inputs = {{.name = "x", .shape = {tokens, width}, .values = {}},
                {.name = "w", .shape = {words, width}, .parameter = true, .values = {}},
                labels_argument({tokens}, words)};

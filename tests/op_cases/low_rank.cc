@@ -265,7 +265,7 @@ std::vector<OpCase> low_rank_cases() {
       norms("wide_in_out", 5, 130, 2, true, true),
   };
   for (OpCase& op : cases) {
-    op.cuda = op.own_workspace_on_cuda = op.name.find("/long") == op.name.npos;
+    op.cuda = op.name.find("/long") == op.name.npos;
   }
   cases.front().mistakes = mistakes();
   return cases;

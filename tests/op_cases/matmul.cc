@@ -47,7 +47,7 @@ OpCase linear_row(const std::string& size, const Shape& x, std::int64_t out, boo
     return std::vector<Array>{
         product(v[0], v[1], false, !in_out, bias ? &v[2] : nullptr, x.with(x.rank() - 1, out))};
   };
-  op.cuda = op.own_workspace_on_cuda = true;
+  op.cuda = true;
   op.forward_flops = 2 * x.numel() * out;
   op.backward_flops = 2 * op.forward_flops;
   return op;
@@ -67,7 +67,7 @@ OpCase matmul_row(const std::string& size, const Shape& a, const Shape& b, Produ
     return std::vector<Array>{product(v[0], v[1], o.transpose_a, o.transpose_b, nullptr,
                                       o.transpose_a ? Shape{a[1], n} : a.with(a.rank() - 1, n))};
   };
-  op.cuda = op.own_workspace_on_cuda = true;
+  op.cuda = true;
   op.forward_flops = 2 * a.numel() * b[o.transpose_b ? 0 : 1];
   op.backward_flops = 2 * op.forward_flops;
   return op;

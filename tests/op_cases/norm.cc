@@ -185,6 +185,7 @@ std::vector<OpCase> norm_cases() {
         cases.push_back(row(kind, residual, "wider_than_registers", {2, 8200}));
       }
       cases.push_back(row(kind, residual, "narrow", {3, 1}));
+      cases.back().tolerance = 2;  // the gradient of x is what is left of a difference
       cases.push_back(row(kind, residual, "vector", {9}));
       cases.push_back(row(kind, residual, "no_rows", {0, 8}));
       cases.push_back(row(kind, residual, "no_columns", {3, 0}));

@@ -189,6 +189,9 @@ std::vector<OpCase> shape_cases() {
       concat_row("middle", {{2, 3, 2}, {2, 0, 2}, {2, 1, 2}}, 1),
       fused_row(),
   };
+  for (OpCase& op : cases) {
+    op.cuda = true;
+  }
   cases[0].mistakes = mistakes();
   return cases;
 }

@@ -1,9 +1,9 @@
 // The cuda device of the tests that run kernels on the SIMT shim: one device, whose memory is the
-// host's, with every tensor's bounds known to the shim; launches and copies are done when they
-// return.
-#include <cstdlib>
+// host's, with every tensor's bounds known to the shim and closed to host code; launches and copies
+// are done when they return.
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/arena.h"
@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
+#include "tests/simt/device_memory.h"
 #include "tests/simt/simt.h"
 
 namespace reprise {
@@ -22,24 +23,27 @@ void expect_present(Device device) {
   }
 }
 
+using testing::DeviceMemory;
+
 class ShimMemory final : public MemorySource {
  public:
+  ShimMemory() {
+    simt::options().gate = [](bool open) {
+      static std::optional<DeviceMemory::Access> access;  // one launch at a time
+      open ? void(access.emplace()) : access.reset();
+    };
+  }
   void* allocate(std::size_t bytes) override {
-    // Neighbours lie apart, so that what leaves a tensor is in none.
-    auto* block = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 2 * kApart));
-    if (block == nullptr) {
-      fail("cuda", "no memory for {} bytes", bytes);
-    }
-    simt::add_memory(block + kApart, bytes, fmt::format("tensor {}", ++count_), false);
-    return block + kApart;
+    void* const at = DeviceMemory::instance().allocate(bytes);
+    simt::add_memory(at, bytes, fmt::format("tensor {}", ++count_), false);
+    return at;
   }
   void free(void* at, std::size_t) noexcept override {
     simt::remove_memory(at);
-    std::free(static_cast<char*>(at) - kApart);
+    DeviceMemory::instance().free(at);
   }
 
  private:
-  static constexpr std::size_t kApart = 256;
   std::int64_t count_ = 0;
 };
 
@@ -57,24 +61,30 @@ Allocator& cuda_allocator(Device device) {
   }
   expect_present(device);
   in_use = true;
-  static Allocator instance(device, std::make_unique<ShimMemory>());
+  static Allocator& instance = *new Allocator(device, std::make_unique<ShimMemory>());
   return instance;
 }
 std::vector<Device> cuda_devices_in_use() {
   return in_use ? std::vector<Device>{{DeviceKind::cuda, 0}} : std::vector<Device>{};
 }
 void cuda_copy(void* to, Device to_device, const void* from, Device, std::size_t bytes) {
+  const DeviceMemory::Access access;
   std::memcpy(to, from, bytes);
   if (to_device.kind == DeviceKind::cuda) {
     simt::define_memory(to, bytes);
   }
 }
 void cuda_zero(void* at, Device, std::size_t bytes) {
+  const DeviceMemory::Access access;
   std::memset(at, 0, bytes);
   simt::define_memory(at, bytes);
 }
 void cuda_synchronize(Device device) {
   expect_present(device);
+}
+CudaBytes cuda_bytes(Device device) {
+  constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
+  return {kTotalBytes - cuda_allocator(device).report().live_bytes, kTotalBytes};
 }
 // The host runs the kernels, so it is the compute stream.
 Streams& cuda_streams(Device device) {

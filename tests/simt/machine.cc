@@ -102,10 +102,28 @@ void Machine::check_shape(const char* kernel, dim3 grid, dim3 block,
   }
 }
 
+namespace {
+
+class Gate {
+ public:
+  Gate() { call(true); }
+  ~Gate() { call(false); }
+  Gate(const Gate&) = delete;
+
+ private:
+  static void call(bool open) {
+    if (options().gate != nullptr) {
+      options().gate(open);
+    }
+  }
+};
+
+}  // namespace
+
 void Machine::launch(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
                      const void* call) {
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
+  const std::lock_guard lock(mutex_);
+  const Gate gate;
   check_shape(kernel, grid, block, shared_bytes);
   body_ = body;
   call_ = call;

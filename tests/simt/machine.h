@@ -87,6 +87,8 @@ class Machine {
 
   const std::vector<Thread*>& threads() const { return in_block_; }
   Memory& memory() { return *memory_; }
+  // Held by a launch, and by who changes what memory there is.
+  std::mutex& mutex() { return mutex_; }
 
  private:
   using Context = boost::context::detail::fcontext_t;
@@ -116,6 +118,7 @@ class Machine {
   std::uint64_t result_of(const Group& group, int lane);
   std::string waiting() const;
 
+  std::mutex mutex_;
   std::unique_ptr<Memory> memory_;
   std::vector<Thread> pool_;
   std::vector<Thread*> in_block_;  // by number

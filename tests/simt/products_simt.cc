@@ -5,12 +5,13 @@
 #include "core/error.h"
 #include "kernels/matmul_sides.h"
 #include "kernels/matmul_tile.h"
+#include "tests/simt/device_memory.h"
 #include "tests/simt/simt.h"
 
 namespace reprise::kernels::cuda {
 
 std::int64_t matmul_workspace_bytes() {
-  return 64;
+  return 64;  // the shim keeps a record of every byte
 }
 
 void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
@@ -25,6 +26,7 @@ void matmul(const TileShape& s, const void* a, const void* b, void* c, const voi
          "the bias has the dtype of the output");
   ensure(!(s.bias && s.accumulate), "no bias with a sum");
   ensure(reinterpret_cast<std::uintptr_t>(workspace) % 64 == 0, "the workspace is aligned");
+  const testing::DeviceMemory::Access access;
   const auto product = tile_product(s);
   std::vector<char> scratch(static_cast<std::size_t>(product->scratch_bytes()) + 64);
   const auto at = reinterpret_cast<std::uintptr_t>(scratch.data());

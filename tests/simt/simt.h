@@ -77,6 +77,7 @@ struct Options {
   unsigned seed = 1;  // of the shuffle
   bool check = true;  // false: only run, twice to four times as fast
   std::size_t max_shared_bytes = std::size_t{227} << 10;
+  void (*gate)(bool open) = nullptr;  // called before and after each launch
 };
 Options& options();
 

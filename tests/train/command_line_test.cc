@@ -59,6 +59,35 @@ TEST_F(CommandLine, NothingAtAllAndBadValues) {
   EXPECT_EQ(run("demo --help").code, 0);
 }
 
+// In a build without CUDA, or on a machine without a device: what is missing.
+TEST_F(CommandLine, ADeviceThatIsNotThere) {
+  const std::string golden = std::string(REPRISE_SOURCE_DIR) + "/tests/golden/gpt2";
+  for (const std::string& command : {std::string("demo --seconds 1"), "parity " + golden}) {
+    const Outcome outcome = run(command + " --device cuda:100");
+    EXPECT_EQ(outcome.code, 2) << command;
+    EXPECT_TRUE(outcome.text.starts_with("reprise: [cuda] ")) << outcome.text;
+    if (outcome.text.find("this build has no CUDA") != std::string::npos) {
+      EXPECT_NE(outcome.text.find("install the CUDA toolkit"), std::string::npos) << outcome.text;
+    }
+  }
+  EXPECT_EQ(run("demo --device gpu").code, 2);
+  EXPECT_EQ(run("demo --device gpu").text,
+            "reprise: --device: must be cpu, cuda or cuda:N, got \"gpu\"\n");
+  EXPECT_EQ(run("--ranks 2 demo --device cuda").text,
+            "reprise: --ranks trains on the CPUs of its processes: leave out --device\n");
+}
+
+// Its bytes are those of the device's kernels, whose products have a workspace of their library.
+TEST_F(CommandLine, MemoryOfADeviceThatNeedNotBeHere) {
+  const std::string arguments = "memory " + std::string(REPRISE_SOURCE_DIR) +
+                                "/docs/configs/qwen2-0.5b.json --tokens 64 --policy keep-all";
+  const Outcome host = run(arguments), device = run(arguments + " --device cuda --json");
+  ASSERT_EQ(host.code, 0) << host.text;
+  ASSERT_EQ(device.code, 0) << device.text;
+  EXPECT_NE(device.text.find("\"device\": \"cuda\""), std::string::npos) << device.text;
+  EXPECT_NE(run(arguments + " --device cuda").text, host.text);
+}
+
 TEST_F(CommandLine, TextThatCannotBeUsed) {
   const std::string missing = path("missing.txt");
   EXPECT_EQ(run("demo --text " + missing).code, 2);

@@ -1,0 +1,181 @@
+"""From the items that are there: a file a stage, the targets as a table, a summary and the curve."""
+
+import json
+import statistics
+
+from . import items, machine, plot
+
+PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 with SXM
+BANDWIDTH_KERNELS = ["rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward", "gated_silu", "gated_silu_backward", "rope", "adamw", "cross_entropy", "cross_entropy_backward"]
+
+
+class Results:
+    def __init__(self, session, all_items):
+        self.by_key = {item.key: session.result(item) for item in all_items}
+        self.all_items = all_items
+
+    def ok(self, prefix):
+        return {k: r for k, r in self.by_key.items() if k.startswith(prefix) and r and r["status"] == "ok"}
+
+    def steps(self, model):
+        """{"reprise keep-all": row, "pytorch compile": row}: medians over rounds, of stage 3 and 4."""
+        rounds = {}
+        for key, result in {**self.ok(f"steps/{model}/reprise/"), **self.ok(f"steps/{model}/pytorch/")}.items():
+            _, _, peer, cell, _ = key.split("/")
+            rounds.setdefault(f"{peer} {cell}", []).append(result)
+        for key, result in self.ok(f"curve/{model}/").items():
+            rounds.setdefault(f"reprise {key.split('/')[-1]}", []).append(result)
+        rows = {}
+        for name, several in rounds.items():
+            results = [r["result"] for r in several]
+            speed = [r["tokens_per_s"] for r in results]
+            rows[name] = {
+                "tokens_per_s": statistics.median(speed),
+                "spread": [min(speed), max(speed)],
+                "first_step_ms": statistics.median(r["first_step_ms"] for r in results),
+                "peak_bytes": max(r["peak_bytes"] for r in results),
+                "driver_bytes": max(r["driver_bytes"] - r["driver_bytes_before"] for r in results),
+                "flops": next((r["flops"] for r in results if "flops" in r), None),
+                "tokens": results[0]["batch"] * results[0]["tokens"],
+                "planned": several[0].get("planned"),
+            }
+        flops = next((row["flops"] for row in rows.values() if row["flops"]), None)
+        for row in rows.values():
+            row["utilisation"] = row["tokens_per_s"] / row["tokens"] * flops / PEAK_FLOPS if flops else None
+        return rows
+
+    def kernels(self, shape, dtype):
+        """{kernel: {"reprise": row, "pytorch": row}}"""
+        both = {}
+        for peer in ["reprise", "pytorch"]:
+            result = self.ok(f"kernels/{shape}/{dtype}/{peer}").get(f"kernels/{shape}/{dtype}/{peer}")
+            for row in result["result"]["rows"] if result else []:
+                both.setdefault(row["kernel"], {})[peer] = row
+        return both
+
+
+def best(rows, peer):
+    speeds = [row["tokens_per_s"] for name, row in rows.items() if name.startswith(peer)]
+    return max(speeds) if speeds else None
+
+
+def ratio(a, b):
+    return a / b if a is not None and b else None
+
+
+def step_targets(results):
+    wanted = {"gpt2-124m": (1.25, 0.48, 1.19), "llama-1.2b": (1.15, 0.58, None), "llama-8b-lora": (1.08, 0.60, 1.36), "llama-8b-8-layers": (1.08, 0.60, 1.26)}
+    for model, (speed, utilisation, replay) in wanted.items():
+        rows = results.steps(model)
+        ours, theirs = best(rows, "reprise"), best(rows, "pytorch")
+        yield f"tokens/s, {model}: of the best PyTorch cell", ">=", speed, ratio(ours, theirs), 3
+        shares = [row["utilisation"] for name, row in rows.items() if name.startswith("reprise") and row["utilisation"]]
+        yield f"utilisation of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, {model}", ">=", utilisation, max(shares, default=None), 3
+        first = rows.get("reprise inputs-only", {}).get("first_step_ms"), rows.get("pytorch compile", {}).get("first_step_ms")
+        yield f"time to the end of step 1, {model}: of the compiled peer's", "<=", 0.05, ratio(*first), 3
+        kept, dropped = (rows.get(f"reprise {policy}", {}).get("tokens_per_s") for policy in ["keep-all", "inputs-only"])
+        if replay:
+            yield f"time of inputs-only, {model}: of keep-all", "<=", replay, ratio(kept, dropped), 3
+        row = rows.get("reprise inputs-only", {})
+        yield f"driver's bytes, {model}: of planned bytes, without the context", "<=", 1.03, ratio(row.get("driver_bytes") or None, row.get("planned")), 3
+
+
+def kernel_targets(results):
+    for shape in items.KERNELS:
+        rows = results.kernels(shape, "bf16")
+        rate = lambda row: row["bytes"] / row["ms"] if row else None
+        copy = rate(rows.get("copy", {}).get("reprise"))
+        for name in BANDWIDTH_KERNELS:
+            yield f"{name}, {shape}: of copy bandwidth", ">=", 0.88, ratio(rate(rows.get(name, {}).get("reprise")), copy), 2
+        for name in ["attention", "attention_backward"]:
+            cudnn = (rows.get(f"{name}_cudnn", {}).get("pytorch") or {}).get("ms")
+            yield f"{name}, {shape}: speed of cuDNN called alone", ">=", 0.95, ratio(cudnn, (rows.get(name, {}).get("reprise") or {}).get("ms")), 2
+        fused = rows.get("linear_cross_entropy", {})
+        yield f"fused linear cross entropy, {shape}: speed of full logits", ">=", 1.5, ratio((fused.get("pytorch") or {}).get("ms"), (fused.get("reprise") or {}).get("ms")), 2
+        extra = [(fused.get(peer) or {}).get("extra_bytes") for peer in ["reprise", "pytorch"]]
+        yield f"fused linear cross entropy, {shape}: its extra memory", "<=", 0.07, ratio(*extra), 2
+
+
+def targets(results):
+    table = []
+    for what, sign, wanted, value, stage in [*step_targets(results), *kernel_targets(results)]:
+        met = None if value is None else value >= wanted if sign == ">=" else value <= wanted
+        table.append({"target": what, "sign": sign, "wanted": wanted, "value": value, "stage": stage, "verdict": "waiting" if met is None else "pass" if met else "miss"})
+    return table
+
+
+def stage_text(results, stage):
+    mine = [item for item in results.all_items if item.stage == stage]
+    states = [results.by_key[item.key]["status"] if results.by_key[item.key] else "left" for item in mine]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ["ok", "failed", "not run", "left"] if state in states)
+    lines = [f"## Stage {stage}: {counts}", ""]
+    for item in mine:
+        result = results.by_key[item.key]
+        if result and result["status"] != "ok":
+            lines.append(f"- {item.key}: {result['status']}: {' '.join(result.get('error', '').split())[:200]}")
+    return [*lines, ""]
+
+
+def step_text(results, model):
+    rows = results.steps(model)
+    if not rows:
+        return []
+    lines = [f"### {model}", "", "| | tokens/s | spread | utilisation | first step | peak, allocator | peak, driver |", "|---|---|---|---|---|---|---|"]
+    for name, row in sorted(rows.items(), key=lambda entry: -entry[1]["tokens_per_s"]):
+        share = "" if row["utilisation"] is None else f"{row['utilisation']:.3f}"
+        lines.append(f"| {name} | {row['tokens_per_s']:.0f} | {row['spread'][0]:.0f}-{row['spread'][1]:.0f} | {share} | {row['first_step_ms']:.0f} ms | {row['peak_bytes'] / 2**30:.2f} GiB | {row['driver_bytes'] / 2**30:.2f} GiB |")
+    return [*lines, ""]
+
+
+def kernel_text(results, shape, dtype):
+    rows = results.kernels(shape, dtype)
+    if not rows:
+        return []
+    lines = [f"### {shape}, {dtype}", "", "| kernel | ours | GB/s | TFLOP/s | PyTorch | ratio |", "|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        ours, theirs = row.get("reprise"), row.get("pytorch")
+        peer = theirs["ms"] if theirs and theirs["ms"] else None
+        if ours:
+            lines.append(kernel_line(name, ours, peer))
+        elif peer:
+            lines.append(f"| {name} | | | | {peer:.4f} ms | |")
+    return [*lines, ""]
+
+
+def kernel_line(name, ours, peer):
+    rate = f"{ours['bytes'] / ours['ms'] / 1e6:.0f}" if ours["bytes"] else ""
+    speed = f"{ours['flops'] / ours['ms'] / 1e9:.1f}" if ours["flops"] else ""
+    beside = f"{peer:.4f} ms | {peer / ours['ms']:.2f}" if peer else " | "
+    return f"| {name} | {ours['ms']:.4f} ms | {rate} | {speed} | {beside} |"
+
+
+def write(session, all_items):
+    results = Results(session, all_items)
+    state = machine.card_state()
+    head = {"versions": session.versions, "card": state, "dry": session.args.dry}
+    for stage in [1, 2, 3, 4]:
+        mine = {item.key: results.by_key[item.key] for item in all_items if item.stage == stage}
+        (session.out / f"stage{stage}.json").write_text(json.dumps({**head, "items": mine}, indent=1) + "\n")
+    table = targets(results)
+    (session.out / "targets.json").write_text(json.dumps({**head, "targets": table}, indent=1) + "\n")
+    models = items.TINY_MODELS if session.args.dry else items.MODELS
+    curves = {model: results.steps(model) for model in models}
+    (session.out / "curve.json").write_text(json.dumps({**head, "models": curves}, indent=1) + "\n")
+    (session.out / "curve.svg").write_text(plot.curves(curves))
+    lines = ["# Dossier" + (" (dry: no numbers of a device)" if session.args.dry else ""), ""]
+    lines += [f"Commit {session.versions['commit']}{', with changes' if session.versions['changed'] else ''}; {state.get('name', 'no card')}, driver {state.get('driver_version', '-')}; peers {session.versions['peers'] or 'none'}.", ""]
+    lines += ["| target | wanted | value | |", "|---|---|---|---|"]
+    for row in table:
+        value = "" if row["value"] is None else f"{row['value']:.3f}"
+        lines.append(f"| {row['target']} | {row['sign']} {row['wanted']} | {value} | {row['verdict']} |")
+    lines.append("")
+    for stage in [1, 2, 3, 4]:
+        lines += stage_text(results, stage)
+        if stage == 2:
+            for shape in items.TINY_KERNELS if session.args.dry else items.KERNELS:
+                for dtype in ["bf16", "f32"]:
+                    lines += kernel_text(results, shape, dtype)
+        if stage == 4:
+            for model in models:
+                lines += step_text(results, model)
+    (session.out / "summary.md").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,23 @@
+// Where a command computes: the value of --device, and what is moved there.
+#pragma once
+
+#include <string_view>
+
+#include <absl/status/status.h>
+#include <absl/status/statusor.h>
+
+#include "core/device.h"
+#include "nn/models/model.h"
+
+namespace reprise::train {
+
+// "cpu", "cuda" (the first) or "cuda:1". InvalidArgument for another text.
+absl::StatusOr<Device> parse_device(std::string_view text);
+// FailedPrecondition when this build or this machine does not have it: what is missing.
+absl::Status expect_usable(Device device);
+// Returns when all work given to the device is done: before a clock is read.
+void wait_for(Device device);
+// Every tensor of the batch on the device; labels that share the ids' storage still do.
+nn::Batch on(const nn::Batch& batch, Device device);
+
+}  // namespace reprise::train
