@@ -175,7 +175,7 @@ class Kernels {
     const Tensor v = Tensor::full(shape, DType::f32, 0.5, o_.device);
     const std::vector<kernels::AdamWTensor> list{{value, gradient, m, v, master, 0.1, 1}};
     time("adamw", value.bytes() + gradient.bytes() + 6 * m.bytes(), 0,
-         [&] { kernels::adamw(list, {}); });
+         [&] { kernels::adamw(list, kernels::AdamWSettings{}); });
   }
 
   void attention() {

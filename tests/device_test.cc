@@ -348,7 +348,8 @@ INSTANTIATE_TEST_SUITE_P(All, Parity, ::testing::Values("gpt2", "qwen2_dora", "i
 
 TEST_F(Devices, WhatIsNotThereIsRefused) {
   const Device none{DeviceKind::cuda, 99};
-  EXPECT_TRUE(expect_usable(none).message().ends_with("got cuda:99")) << expect_usable(none);
+  EXPECT_TRUE(std::string(expect_usable(none).message()).ends_with("got cuda:99"))
+      << expect_usable(none);
   EXPECT_EQ(run_parity("nowhere", {.device = none}).status().code(),
             absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(expect_usable(kDevice).ok());
