@@ -307,7 +307,8 @@ class Engine {
     char* out = static_cast<char*>(raw(c.out));
     const auto width = static_cast<std::int64_t>(size_bytes(c.in.dtype()));
     const std::int64_t part = c.out.numel();
-    const std::int64_t step = kPieceBytes / width;
+    // The addends of all ranks are in memory at a time.
+    const std::int64_t step = std::max<std::int64_t>(1, kPieceBytes / width / size);
     for (std::int64_t begin = 0; begin < part; begin += step) {
       const std::int64_t bytes = std::min(step, part - begin) * width;
       add_up([&](int r) { return in + (r * part + begin) * width; },

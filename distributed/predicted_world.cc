@@ -43,7 +43,8 @@ class PredictedWorld final : public Communicator {
   void count_scratch(const Collective& collective) {
     const auto width = static_cast<std::int64_t>(size_bytes(collective.in.dtype()));
     const std::int64_t step = kPieceBytes / width;
-    std::int64_t slice = std::min(step, collective.out.defined() ? collective.out.numel() : 0);
+    std::int64_t slice = std::min(std::max<std::int64_t>(1, step / size_),
+                                  collective.out.defined() ? collective.out.numel() : 0);
     if (collective.kind == Collective::Kind::all_reduce) {
       const auto [first, last] = slice_of(std::min(step, collective.in.numel()), rank_, size_);
       slice = last - first;

@@ -278,6 +278,7 @@ Outcome explain_run(const std::string& folder, int ranks) {
     }
   } else if (told != nullptr) {
     outcome.code = kEndedByWatchdog;
+    outcome.verdict = static_cast<const char*>(told->file->why);
   } else if (failed != nullptr) {
     outcome.code = kEndedByWatchdog;
     outcome.text = fmt::format("{} failed in {} of step {}: {}", named(*failed),

@@ -51,7 +51,7 @@ class RunFile {
     std::int64_t end_ns;  // of the monotonic clock, when `end` was written
     RankState state;
     char place[96];
-    char why[300];  // of failed
+    char why[300];  // of failed and told
   };
 
   // Null when the folder does not exist or cannot be written. It says `starting`.
@@ -89,6 +89,7 @@ struct Outcome {
   std::optional<int> code;  // of the first to end badly: its exit code, or 128 + its signal, or
                             // that of the watchdog when a verdict ended the job; empty: not known
   std::string text;         // what nobody has said yet; may be empty
+  std::string verdict;      // what a rank has printed when it ended the job; may be cut short
 };
 Outcome explain_run(const std::string& folder, int ranks);
 

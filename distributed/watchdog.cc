@@ -24,7 +24,7 @@ constexpr milliseconds kClosePatience(700);    // for the others to end by thems
 constexpr milliseconds kAbortPatience(2000);   // of a rank that failed, for rank 0's verdict
 constexpr milliseconds kParentPatience(4000);  // for the launcher to end
 constexpr milliseconds kPublishPause(2);
-constexpr milliseconds kOthersPatience(1000);  // of ranks 2.. who judge rank 0 after rank 1
+constexpr milliseconds kOthersPatience(1000);  // of a rank, who judges rank 0 after those before it
 constexpr int kManyRanks = 64, kFewRanks = 8;
 
 // One call, so that lines of several ranks do not mix.
@@ -437,7 +437,7 @@ void Watchdog::judge(Clock::time_point now) {
       found = judge_.verdict(now);
       warnings = judge_.warnings(now);
     } else if (!said_goodbye_) {
-      found = judge_.verdict_on(0, now, rank_ == 1 ? milliseconds(0) : kOthersPatience);
+      found = judge_.verdict_on(0, now, std::min(rank_ - 1, kFewRanks) * kOthersPatience);
     }
     if (found) {
       table = judge_.table(now, found->culprits);
@@ -469,7 +469,7 @@ void Watchdog::execute(const std::string& why, bool issuer) {
     over_ = true;
     own = judge_.rank(rank_).failed && !ending_;
     if (run_file_ != nullptr) {
-      run_file_->write(RunFile::End::told);
+      run_file_->write(RunFile::End::told, why);
     }
   }
   changed_.notify_all();

@@ -321,6 +321,10 @@ int run_command(const World& world, const Invocation& asked) {
       return print(explain_config(asked.config, asked.dry));
     }
     if (asked.command == "memory") {
+      if (asked.dry.gather_again > 0 && asked.dry.stage != 3) {
+        return report(absl::InvalidArgumentError(
+            fmt::format("--gather-again is of --stage 3, got {}", asked.dry.stage)));
+      }
       const absl::StatusOr<MemoryTable> table = predict_memory(asked.config, asked.dry);
       return table.ok() ? print(asked.as_json ? to_json(*table) : to_text(*table))
                         : report(table.status());

@@ -1,5 +1,6 @@
 #include "train/guard.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -28,6 +29,10 @@ using distributed::RunFile;
 constexpr std::chrono::milliseconds kLastWords(3000);
 // For the launcher, once whoever started it is gone.
 constexpr std::chrono::milliseconds kLauncherPatience(2000);
+// Beyond the watchdog's limit, for the other ranks to speak first.
+constexpr std::chrono::milliseconds kOthersFirst(5000);
+// Time in which this process did not run itself is not held against its rank.
+constexpr std::chrono::milliseconds kLongestTurn(200);
 
 class Guard {
  public:
@@ -37,7 +42,8 @@ class Guard {
         folder_(by.folder),
         launcher_(by.launcher),
         mpirun_(by.mpirun),
-        parent_(getppid()) {
+        parent_(getppid()),
+        limit_(by.limit) {
     // Another process may have its number by now.
     launcher_gone_ = distributed::start_time(by.launcher) != by.started;
     for (const int signal : {SIGTERM, SIGINT, SIGCHLD}) {
@@ -117,6 +123,27 @@ class Guard {
       distributed::leave_reaper(parent_, kLauncherPatience);
       send(SIGKILL);
     }
+    look_at_rank();
+  }
+
+  void look_at_rank() {
+    const Clock::time_point now = Clock::now();
+    const auto turn = std::min<Clock::duration>(now - looked_at_, kLongestTurn);
+    looked_at_ = now;
+    if (ended_ || distributed::process_state(child_) != 'T') {
+      stopped_ = {};
+      return;
+    }
+    stopped_ += turn;
+    if (stopped_ > limit_ + kOthersFirst && !given_up_) {
+      given_up_ = true;
+      std::fprintf(
+          stderr,
+          "reprise: rank %d (pid %d) is stopped (state T), and so is every rank that could "
+          "end the job\n",
+          rank_, static_cast<int>(child_));
+      send(SIGKILL);
+    }
   }
 
   void send(int signal) const {
@@ -146,7 +173,10 @@ class Guard {
   const int rank_, ranks_;
   const std::string folder_;
   const ProcessHandle launcher_, mpirun_, parent_;
-  bool launcher_gone_ = false, signalled_ = false, ended_ = false;
+  const std::chrono::milliseconds limit_;
+  bool launcher_gone_ = false, signalled_ = false, ended_ = false, given_up_ = false;
+  Clock::time_point looked_at_ = Clock::now();
+  Clock::duration stopped_{};
   sigset_t signals_{}, before_{};
   pid_t child_ = -1;
   int status_ = 0;

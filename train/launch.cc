@@ -191,6 +191,7 @@ absl::StatusOr<Launch> plan_launch(std::vector<std::string> arguments,
   if (guard != nullptr && folder != nullptr && !launch.world.launcher.empty() &&
       std::sscanf(guard, "%d:%llu:%d", &by.launcher, &by.started, &by.mpirun) == 3) {
     by.folder = folder;
+    by.limit = launch.world.watchdog.value_or(by.limit);
     launch.guarded_by = by;
   }
   if (launch.ranks > 0 && !launch.world.launcher.empty()) {

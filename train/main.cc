@@ -1,17 +1,19 @@
 // The program `reprise`.
 #include <cstdio>
 #include <exception>
-#include <string>
-
-#include <fmt/format.h>
 
 #include "train/command_line.h"
 
 int main(int argc, char** argv) {
   try {
-    return reprise::train::run_command_line(argc, argv);
+    const int code = reprise::train::run_command_line(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+      std::fputs("reprise: standard output cannot be written\n", stderr);
+      return code == 0 ? 1 : code;
+    }
+    return code;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "reprise: {}\n", error.what());
+    std::fprintf(stderr, "reprise: %s\n", error.what());
     return 1;
   }
 }

@@ -189,8 +189,12 @@ absl::StatusOr<int> supervise(const Launch& launch) {
     return result;
   }
   const distributed::Outcome outcome = distributed::explain_run(folder.path(), launch.ranks);
-  if (!outcome.text.empty()) {
-    std::fprintf(stderr, "reprise: %s\n", outcome.text.c_str());
+  // What a rank printed may be lost in the pipes of an mpirun that was stopped and had to be
+  // killed.
+  const std::string& text =
+      outcome.text.empty() && result == 128 + SIGKILL ? outcome.verdict : outcome.text;
+  if (!text.empty()) {
+    std::fprintf(stderr, "reprise: %s\n", text.c_str());
   }
   // A launcher's own code is that of one rank or another; MPICH's takes a rank that left with 0 for
   // the end of the job.

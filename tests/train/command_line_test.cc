@@ -56,6 +56,7 @@ TEST_F(CommandLine, NothingAtAllAndBadValues) {
   EXPECT_EQ(run("demo --seconds=-1").code, 2);
   EXPECT_EQ(run("demo --policy keep-most").code, 2);
   EXPECT_EQ(run("--help").code, 0);
+  EXPECT_EQ(run("--help > /dev/full").code, 1);
   EXPECT_EQ(run("demo --help").code, 0);
 }
 

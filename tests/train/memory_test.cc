@@ -176,6 +176,9 @@ TEST(Memory, ADryRunOfTheDemo) {
                                     "AdamW; a rank of 4, sharding stage 3\n"));
   EXPECT_THAT(outcome.text, HasSubstr("\nnested"));
   EXPECT_LT(predict_demo({.stage = 3}, 4)->rows[0].peak_bytes, alone->rows[0].peak_bytes / 2);
+  testing::expect_refused(
+      "--ranks 2 memory " + config("qwen2-0.5b") + " --stage 2 --gather-again 2",
+      "--gather-again is of --stage 3, got 2");
   testing::expect_refused("--ranks 3 demo --dry-run", "--ranks must divide the batch of 8, got 3");
   testing::expect_refused("--ranks 2 demo --dry-run --shards 4",
                           "--dry-run does not count the sums of --shards");

@@ -282,6 +282,19 @@ TEST(Faults, Stopped) {
   check(2, {"stop@end", {text}, 1});
 }
 
+// No rank is left that could judge: the processes beside them do.
+TEST(Faults, AllStopped) {
+  const Ended ended =
+      run({REPRISE_FAULTY, "--ranks", "3", "--watchdog", "3", "allstop@forward", "1"});
+  std::printf("allstop: exit code %d after %.1f s\n", ended.code, ended.seconds);
+  EXPECT_EQ(ended.code, 128 + SIGKILL) << ended.text;
+  EXPECT_LT(ended.seconds, 33);
+  EXPECT_TRUE(ended.left.empty());
+  EXPECT_NE(ended.text.find("is stopped (state T), and so is every rank that could end the job"),
+            std::string::npos)
+      << ended.text;
+}
+
 TEST(Faults, WithoutProgress) {
   check(2, {"loop@backward", {" s in backward of step 3; "}});
   check(3, {"silent@save", {" s in saving of step 3; "}, 0});

@@ -1,7 +1,7 @@
 // A small training job in which one rank goes wrong: mpi_faulty FAULT CULPRIT [anything].
 // A fault is a difference ("count", "seed", ...) or KIND@POINT: kill, stop, exit0, exit3, loop,
-// silent, slow, long (a minute) or throw at start, forward, backward, replay, optimizer, save or
-// end. With --ranks N it starts itself.
+// silent, slow, long (a minute), throw or allstop (every rank stops) at start, forward, backward,
+// replay, optimizer, save or end. With --ranks N it starts itself.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -36,7 +36,7 @@ constexpr int kSteps = 4, kFaultyStep = 2;
 constexpr std::chrono::milliseconds kLimit(3000);
 
 void go_wrong(const std::string& kind) {
-  if (kind == "stop") {
+  if (kind == "stop" || kind == "allstop") {
     raise(SIGSTOP);
   } else if (kind == "kill") {
     raise(SIGKILL);
@@ -199,7 +199,7 @@ class Job {
 };
 
 int work(const train::World& place, const std::string& fault, bool culprit) {
-  const Job job(fault, culprit);
+  const Job job(fault, culprit || fault.starts_with("allstop@"));
   job.at("start");
   distributed::ConnectOptions options;
   options.limit = place.watchdog.value_or(kLimit);
