@@ -88,8 +88,12 @@ Variable constant(const Tensor& tensor) {
 }  // namespace
 
 Variable attention(Variable q, Variable k, Variable v, const AttentionSpec& spec) {
-  kernels::AttentionOptions options{
-      .scale = spec.scale, .causal = spec.causal, .window = spec.window, .dropout = spec.dropout};
+  kernels::AttentionOptions options{.scale = spec.scale,
+                                    .causal = spec.causal,
+                                    .window = spec.window,
+                                    .dropout = spec.dropout,
+                                    .padded_right = spec.padded_right,
+                                    .most_documents = spec.most_documents};
   const kernels::AttentionInputs in{q.tensor(), k.tensor(), v.tensor(), spec.mask, spec.documents};
   const std::int64_t pairs = kernels::visible_pairs(in, options);
   if (spec.dropout > 0) {

@@ -20,6 +20,9 @@ struct AttentionSpec {
   Tensor documents{};       // optional [B, T] i64, not decreasing: a query sees its own document
   double dropout = 0;       // on the probabilities
   Generator* generator = nullptr;  // needed with dropout
+  // Promises by which a CUDA device runs its fastest kernels (kernels/attention_options.h).
+  bool padded_right = false;        // each row of the mask: one or more of not 0, then only 0
+  std::int64_t most_documents = 0;  // at most so many of them in the whole batch; 0: unknown
 };
 
 // q [B, T, H, D], k and v [B, S, K, D], H a multiple of K -> [B, T, H, D].

@@ -77,8 +77,14 @@ if(REPRISE_CUDA)
   endforeach()
   target_link_libraries(reprise_kernels PRIVATE CUDA::cublasLt)
   # Calls of a library, no kernel: the host's compiler takes all of it.
-  set_source_files_properties(${PROJECT_SOURCE_DIR}/kernels/matmul.cu PROPERTIES
-    LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+  set_source_files_properties(
+    ${PROJECT_SOURCE_DIR}/kernels/matmul.cu ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu
+    PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+  if(REPRISE_HAS_CUDNN)
+    target_link_libraries(reprise_kernels PRIVATE $<BUILD_INTERFACE:reprise_cudnn>)
+    set_property(SOURCE ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu
+      APPEND PROPERTY COMPILE_DEFINITIONS REPRISE_HAS_CUDNN=1 NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING=1)
+  endif()
   foreach(layer core kernels)
     target_compile_options(reprise_${layer} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   endforeach()

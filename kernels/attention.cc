@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "core/cuda_device.h"
 #include "core/parallel.h"
+#include "kernels/attention_fused.h"
 #include "kernels/attention_tasks.h"
 #include "kernels/dispatch.h"
 
@@ -61,6 +63,31 @@ void expect_documents_ascend(std::string_view op, const Tensor& documents) {
   }
 }
 
+// The options' promises, where they can be seen to be broken.
+void expect_promises(std::string_view op, const AttentionInputs& in, const Sizes& s,
+                     const AttentionOptions& options) {
+  if (in.mask.defined() && options.padded_right) {
+    const auto* const mask = in.mask.data<std::int64_t>();
+    for (std::int64_t at = 0; at < in.mask.numel(); ++at) {
+      const std::int64_t j = at % s.S;
+      if (mask[at] != 0 ? j > 0 && mask[at - 1] == 0 : j == 0) {
+        fail(op, "padded_right must hold, but the mask is {} at [{}, {}]", mask[at], at / s.S, j);
+      }
+    }
+  }
+  if (in.documents.defined() && options.most_documents > 0) {
+    const auto* const number = in.documents.data<std::int64_t>();
+    std::int64_t count = 0;
+    for (std::int64_t at = 0; at < in.documents.numel(); ++at) {
+      count += at % s.T == 0 || number[at] != number[at - 1] ? 1 : 0;
+    }
+    if (count > options.most_documents) {
+      fail(op, "most_documents must not be less than there are, got {} for {}",
+           options.most_documents, count);
+    }
+  }
+}
+
 void expect_visibility(std::string_view op, const AttentionInputs& in, const Sizes& s,
                        const AttentionOptions& options) {
   if (options.window < 0) {
@@ -89,6 +116,12 @@ void expect_visibility(std::string_view op, const AttentionInputs& in, const Siz
     if (in.q.device().kind != DeviceKind::cuda) {
       expect_documents_ascend(op, in.documents);
     }
+  }
+  if (options.most_documents < 0) {
+    fail(op, "most_documents must not be negative, got {}", options.most_documents);
+  }
+  if (in.q.device().kind != DeviceKind::cuda) {
+    expect_promises(op, in, s, options);
   }
 }
 
@@ -146,8 +179,17 @@ AttentionHeads heads(const Tensor& tensor) {
   }
   const auto element = static_cast<std::int64_t>(size_bytes(tensor.dtype()));
   const auto& strides = tensor.strides();
-  return {static_cast<char*>(tensor.raw()), strides[0] * element, strides[1] * element,
-          strides[2] * element};
+  AttentionHeads to{.at = tensor.is_meta() ? nullptr : static_cast<char*>(tensor.raw()),
+                    .batch = strides[0] * element,
+                    .token = strides[1] * element,
+                    .head = strides[2] * element,
+                    .given = true};
+  to.aligned = tensor.offset() * element % 16 == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    const std::int64_t bytes = strides[static_cast<std::size_t>(dim)] * element;
+    to.aligned = to.aligned && (tensor.size(dim) == 1 || (bytes > 0 && bytes % 16 == 0));
+  }
+  return to;
 }
 
 cpu::AttentionPlan plan_of(const AttentionInputs& in, const Sizes& s,
@@ -161,6 +203,11 @@ Tensor workspace_of(const cpu::AttentionPlan& plan, std::int64_t slots, Device d
                        MemoryKind::workspace);
 }
 
+Tensor workspace_of(const std::optional<FusedCall>& fused, Device device) {
+  return Tensor::empty(Shape{fused ? fused->bytes / 4 : 0}, DType::f32, device,
+                       MemoryKind::workspace);
+}
+
 AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& bounds,
                       const Tensor& log_sum_exp, const AttentionOptions& options) {
   AttentionCall call{
@@ -171,8 +218,10 @@ AttentionCall call_of(const AttentionInputs& in, const Sizes& s, const Tensor& b
   call.q = heads(in.q);
   call.k = heads(in.k);
   call.v = heads(in.v);
-  call.log_sum_exp = log_sum_exp.data<float>();
+  call.log_sum_exp = log_sum_exp.is_meta() ? nullptr : log_sum_exp.data<float>();
   call.mask = in.mask.defined() ? in.mask.data<std::int64_t>() : nullptr;
+  call.documents = in.documents.defined() ? in.documents.data<std::int64_t>() : nullptr;
+  call.device = in.q.device().index;
   return call;
 }
 
@@ -198,12 +247,14 @@ void attention_on_cuda(std::string_view op, const AttentionInputs& in, const Siz
                        const AttentionOptions& options) {
   expect_fits_cuda(op, s);
   const Tensor bounds = bounds_of(op, in, s);
+  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
+  call.out = heads(out);
+  const std::optional<FusedCall> fused = fused_call(call, false);
+  const Tensor workspace = workspace_of(fused, out.device());
   if (out.is_meta()) {
     return;
   }
-  AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
-  call.out = heads(out);
-  REPRISE_CUDA_SIDE(op, cuda::attention(call, cuda_stream(out.device())));
+  REPRISE_CUDA_SIDE(op, cuda::attention(call, fused, workspace.raw(), cuda_stream(out.device())));
 }
 
 void backward_on_cuda(std::string_view op, const AttentionInputs& in, const Sizes& s,
@@ -213,14 +264,16 @@ void backward_on_cuda(std::string_view op, const AttentionInputs& in, const Size
   const Tensor bounds = bounds_of(op, in, s);
   const Tensor deltas =
       Tensor::empty(log_sum_exp.shape(), DType::f32, out.device(), MemoryKind::workspace);
-  if (out.is_meta()) {
-    return;
-  }
   AttentionCall call = call_of(in, s, bounds, log_sum_exp, options);
   call.out = heads(out);
   set_gradients(call, dout, gradients);
-  REPRISE_CUDA_SIDE(
-      op, cuda::attention_backward(call, deltas.data<float>(), cuda_stream(out.device())));
+  const std::optional<FusedCall> fused = fused_call(call, true);
+  const Tensor workspace = workspace_of(fused, out.device());
+  if (out.is_meta()) {
+    return;
+  }
+  REPRISE_CUDA_SIDE(op, cuda::attention_backward(call, deltas.data<float>(), fused, workspace.raw(),
+                                                 cuda_stream(out.device())));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Chooses the kernels that run, which are the tiled ones of attention_forward.cu and
-// attention_backward.cu for every call, and has the small ones beside them.
+// Chooses the kernels that run: the library's (attention_fused.h), or the tiled ones of
+// attention_forward.cu and attention_backward.cu; and has the small ones beside them.
+#include "kernels/attention_fused.h"
 #include "kernels/attention_tile.cuh"
 
 namespace reprise::kernels::cuda {
@@ -70,11 +71,19 @@ void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t
          static_cast<cudaStream_t>(stream), documents, B * T, T, bounds);
 }
 
-void attention(const AttentionCall& call, void* stream) {
+void attention(const AttentionCall& call, const std::optional<FusedCall>& fused, void* workspace,
+               void* stream) {
+  if (fused_attention(call, fused, workspace, stream)) {
+    return;
+  }
   tiled_attention(call, static_cast<cudaStream_t>(stream));
 }
 
-void attention_backward(const AttentionCall& call, float* deltas, void* stream) {
+void attention_backward(const AttentionCall& call, float* deltas,
+                        const std::optional<FusedCall>& fused, void* workspace, void* stream) {
+  if (fused_attention(call, fused, workspace, stream)) {
+    return;
+  }
   const auto on = static_cast<cudaStream_t>(stream);
   launch("attention_deltas",
          call.dtype == DType::f32 ? deltas_kernel<float> : deltas_kernel<__nv_bfloat16>,

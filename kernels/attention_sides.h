@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "core/dtype.h"
 #include "kernels/attention_options.h"
@@ -23,6 +24,7 @@ class Visibility {
       : queries_(T), keys_(S), window_(options.window), causal_(options.causal) {}
   // Bounds of the document of each place, [B, 2, T]; null without documents.
   void set_documents(const std::int64_t* bounds) { bounds_ = bounds; }
+  const std::int64_t* document_bounds() const { return bounds_; }
 
   REPRISE_BOTH_SIDES Range keys(std::int64_t b, std::int64_t i) const {
     const std::int64_t at = i + keys_ - queries_;  // of the query among the keys
@@ -56,6 +58,8 @@ class Visibility {
 struct AttentionHeads {
   char* at = nullptr;
   std::int64_t batch = 0, token = 0, head = 0;  // strides in bytes
+  bool given = false;                           // also on meta, where there is no address
+  bool aligned = false;                         // to 16 bytes, in all of its storage and strides
 };
 
 struct AttentionCall {
@@ -66,8 +70,12 @@ struct AttentionCall {
   AttentionHeads q{}, k{}, v{}, out{}, dout{}, dq{}, dk{}, dv{};  // at null: absent
   bool accumulate_q = false, accumulate_k = false, accumulate_v = false;
   float* log_sum_exp = nullptr;
-  const std::int64_t* mask = nullptr;  // [B, S]
+  const std::int64_t* mask = nullptr;       // [B, S]
+  const std::int64_t* documents = nullptr;  // [B, T]
+  int device = 0;
 };
+
+struct FusedCall;  // attention_fused.h
 
 // In order of the stream.
 namespace cuda {
@@ -77,9 +85,12 @@ inline constexpr std::int64_t kMaxAttentionHead = 256, kMaxAttentionTokens = std
 // From documents [B, T]: bounds [B, 2, T].
 void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
                      std::int64_t* bounds, void* stream);
-void attention(const AttentionCall& call, void* stream);
+// `workspace` has the bytes of the fused call, where there is one.
+void attention(const AttentionCall& call, const std::optional<FusedCall>& fused, void* workspace,
+               void* stream);
 // `deltas` is workspace [B, H, T].
-void attention_backward(const AttentionCall& call, float* deltas, void* stream);
+void attention_backward(const AttentionCall& call, float* deltas,
+                        const std::optional<FusedCall>& fused, void* workspace, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

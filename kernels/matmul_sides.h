@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "core/dtype.h"
 #include "kernels/matmul_tile.h"
@@ -45,5 +46,9 @@ std::int64_t matmul_workspace_bytes();
 
 void matmul(const TileShape& product, const void* a, const void* b, void* c, const void* bias,
             void* workspace, void* stream);
+
+// Why the current device's file of choices, or one of them, was ignored (matmul_choices.h); empty:
+// it was not.
+std::string matmul_choices_warning();
 
 }  // namespace reprise::kernels::cuda

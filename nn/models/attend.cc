@@ -1,6 +1,8 @@
 #include "nn/models/attend.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -10,8 +12,25 @@
 
 namespace reprise::nn {
 
+namespace {
+
+bool is_padded_right(const Tensor& mask) {
+  const std::vector<std::int64_t> seen = mask.to_vector<std::int64_t>();
+  const auto S = static_cast<std::size_t>(mask.size(1));
+  for (std::size_t at = 0; at < seen.size(); ++at) {
+    const bool before = at % S == 0 || seen[at - 1] != 0;
+    if (at % S == 0 ? seen[at] == 0 : seen[at] != 0 && !before) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
 Visible visible_of(const Batch& batch) {
-  Visible visible{batch.mask, {}};
+  Visible visible{.mask = batch.mask, .documents = {}};
+  visible.padded_right = batch.mask.defined() && is_padded_right(batch.mask);
   if (batch.starts.empty()) {
     return visible;
   }
@@ -19,6 +38,7 @@ Visible visible_of(const Batch& batch) {
   std::vector<std::int64_t> documents;
   for (const std::vector<std::int64_t>& row : batch.starts) {
     std::size_t text = 0;
+    visible.most_documents += static_cast<std::int64_t>(std::max<std::size_t>(1, row.size()));
     for (std::int64_t t = 0; t < T; ++t) {
       while (text + 1 < row.size() && row[text + 1] <= t) {
         ++text;
@@ -39,7 +59,9 @@ Variable attend(Variable q, Variable k, Variable v, const Visible& visible,
                     .mask = visible.mask,
                     .documents = visible.documents,
                     .dropout = options.generator != nullptr ? options.dropout : 0,
-                    .generator = options.generator});
+                    .generator = options.generator,
+                    .padded_right = visible.padded_right,
+                    .most_documents = visible.most_documents});
 }
 
 Variable drop(Variable x, double probability, Generator* generator) {

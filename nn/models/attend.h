@@ -16,6 +16,9 @@ namespace reprise::nn {
 struct Visible {
   Tensor mask;       // i64 [B, T]; absent: all
   Tensor documents;  // i64 [B, T], the number of the text in its row; absent: one text a row
+  // What attention may rely on: see AttentionSpec.
+  bool padded_right = false;
+  std::int64_t most_documents = 0;
 };
 Visible visible_of(const Batch& batch);
 

@@ -539,6 +539,16 @@ TEST(Attention, Mistakes) {
   EXPECT_EQ(
       says({q, k3, k3, {}, Tensor::from(std::vector<std::int64_t>{5, 0, 0, 1, 3, 2}, {2, 3})}),
       "[attention] documents must not decrease along T, got 0 after 5 at [0, 1]");
+  EXPECT_EQ(says({q, k3, k3, {}, i64({2, 3})}, {.most_documents = 1}),
+            "[attention] most_documents must not be less than there are, got 1 for 2");
+  const auto masked = [&](const std::vector<std::int64_t>& mask) {
+    return says({q, k3, k3, Tensor::from(mask, {2, 3}), {}}, {.padded_right = true});
+  };
+  EXPECT_EQ(masked({1, 1, 0, 2, 0, 0}), "no error");
+  EXPECT_EQ(masked({1, 1, 1, 1, 0, 1}),
+            "[attention] padded_right must hold, but the mask is 1 at [1, 2]");
+  EXPECT_EQ(masked({1, 1, 1, 0, 0, 0}),
+            "[attention] padded_right must hold, but the mask is 0 at [1, 0]");
   EXPECT_EQ(error_of([&] {
               attention({q, k, k, {}, {}}, f32({2, 3, 4, 6}), lse, {});
             }),

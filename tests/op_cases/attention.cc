@@ -121,6 +121,8 @@ std::vector<Mistake> mistakes() {
       mistake({2, 3}, k, {}, "[attention] q must have four dimensions [B, T, H, D], got [2, 3]"),
       mistake(q, {2, 3, 3, 5}, {}, "[attention] H must be a multiple of K, got H = 4 and K = 3"),
       mistake(q, k, {.dropout = 0.5}, "[attention] dropout 0.5 needs a generator"),
+      mistake(q, k, {.most_documents = -1},
+              "[attention] most_documents must not be negative, got -1"),
       mistake(q, k, {.window = 2}, "[attention] window must be 0 without causal, got 2"),
   };
 }
@@ -141,6 +143,23 @@ std::vector<OpCase> attention_cases() {
   rows.push_back(row(padded));
   Setting packed{"documents", 1, 8, 2, 8, 1, 4, {.causal = true}};
   packed.documents = {0, 0, 0, 1, 4, 4, 4, 4};
+  rows.push_back(row(packed));
+  // Sizes that a library's fused kernels take in bf16.
+  rows.push_back(row({"fused", 2, 6, 4, 9, 2, 8, {.scale = 0.3}}));
+  rows.push_back(row({"fused_causal", 2, 9, 2, 9, 1, 16, {.scale = 0.25, .causal = true}}));
+  rows.push_back(row({"fused_more_keys", 1, 4, 2, 7, 2, 8, {.scale = 0.3, .causal = true}}));
+  rows.push_back(
+      row({"fused_window", 1, 9, 2, 11, 1, 8, {.scale = 0.3, .causal = true, .window = 3}}));
+  padded = {
+      "fused_padding", 2, 5, 2, 5, 1, 8, {.scale = 0.3, .causal = true, .padded_right = true}};
+  padded.mask = {1, 1, 1, 0, 0, 1, 1, 1, 1, 1};
+  rows.push_back(row(padded));
+  packed = {
+      "fused_documents", 2, 8, 4, 8, 2, 8, {.scale = 0.3, .causal = true, .most_documents = 5}};
+  packed.documents = {0, 0, 0, 1, 4, 4, 4, 4, 2, 2, 3, 3, 3, 3, 3, 3};
+  rows.push_back(row(packed));
+  packed.name = "fused_documents_full";
+  packed.spec = {.scale = 0.3, .window = 0, .most_documents = 9};
   rows.push_back(row(packed));
   rows.push_back(row({"dropout", 1, 6, 2, 9, 1, 4, {.scale = 0.5, .dropout = 0.4}, 77}));
   rows.push_back(row({"dropout_of_groups",
