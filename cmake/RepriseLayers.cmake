@@ -85,7 +85,7 @@ if(REPRISE_CUDA)
     set_property(SOURCE ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu
       APPEND PROPERTY COMPILE_DEFINITIONS REPRISE_HAS_CUDNN=1 NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING=1)
   endif()
-  target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+  target_compile_options(reprise_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;-Xptxas=-v>)
   set_source_files_properties(${REPRISE_CUDA_CALLERS} PROPERTIES COMPILE_DEFINITIONS REPRISE_HAS_CUDA=1)
 endif()
 

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/cuda_errors.h"
 #include "core/error.h"
 
 namespace reprise {
@@ -17,12 +18,34 @@ namespace {
 
 constexpr int kMostDevices = 16;
 
+struct Found {
+  int devices = 0;
+  cudaError_t status = cudaSuccess;
+};
+// Asked once: a driver does not come and go.
+const Found& found() {
+  static const Found once = [] {
+    Found it;
+    it.status = cudaGetDeviceCount(&it.devices);
+    it.devices = it.status == cudaSuccess ? std::min(it.devices, kMostDevices) : 0;
+    return it;
+  }();
+  return once;
+}
+
+void expect_kernels_for(Device device) {
+  cudaDeviceProp card{};
+  cuda_check("cuda", cudaGetDeviceProperties(&card, device.index));
+  expect_capability(to_string(device), card.name, card.major, card.minor);
+}
+
 // Makes the device current on this thread while it lives.
 class Current {
  public:
   explicit Current(Device device) {
     if (device.kind != DeviceKind::cuda || device.index < 0 ||
         device.index >= cuda_device_count()) {
+      cuda_check("cuda", found().status);  // no driver, no device
       fail("cuda", "device must be one of {} (cuda:0 ..), got {}", cuda_device_count(),
            to_string(device));
     }
@@ -104,17 +127,14 @@ class CudaMemory final : public MemorySource {
 void cuda_check(const char* operation, int status) {
   if (status != cudaSuccess) {
     const auto error = static_cast<cudaError_t>(status);
-    fail(operation, "CUDA: {} ({})", cudaGetErrorString(error), cudaGetErrorName(error));
+    const std::string advice = cuda_advice(status);
+    fail(operation, "CUDA: {} ({}){}{}", cudaGetErrorString(error), cudaGetErrorName(error),
+         advice.empty() ? "" : ": ", advice);
   }
 }
 
 int cuda_device_count() {
-  static const int count = [] {
-    int found = 0;
-    // Without a driver or a device this fails, which is no error: there are none.
-    return cudaGetDeviceCount(&found) == cudaSuccess ? std::min(found, kMostDevices) : 0;
-  }();
-  return count;
+  return found().devices;
 }
 
 Allocator& cuda_allocator(Device device) {
@@ -122,6 +142,7 @@ Allocator& cuda_allocator(Device device) {
   const std::lock_guard lock(allocators().mutex);
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
+    expect_kernels_for(device);
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;

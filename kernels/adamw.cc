@@ -106,10 +106,13 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
     }
   }
   if (device.kind == DeviceKind::cuda) {
+    std::vector<AdamWItem> items;
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], scalars[i], tensors[i].value.numel(),
-                                                 cuda_stream(device)));
+      if (tensors[i].value.numel() > 0) {
+        items.push_back({runs[i], scalars[i], tensors[i].value.numel()});
+      }
     }
+    REPRISE_CUDA_SIDE("adamw", cuda::adamw(items, cuda_stream(device)));
     return;
   }
   parallel_for(firsts.back(), 1, [&](std::int64_t chunk, std::int64_t) {
