@@ -3,27 +3,10 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/pattern.h"
 
 namespace reprise {
 namespace {
-
-// '*' stands for any run of characters.
-bool matches(std::string_view pattern, std::string_view text) {
-  const std::size_t star = pattern.find('*');
-  if (star == std::string_view::npos) {
-    return pattern == text;
-  }
-  if (!text.starts_with(pattern.substr(0, star))) {
-    return false;
-  }
-  const std::string_view rest = pattern.substr(star + 1);
-  for (std::size_t at = star; at <= text.size(); ++at) {
-    if (matches(rest, text.substr(at))) {
-      return true;
-    }
-  }
-  return false;
-}
 
 Policy keep_where(std::vector<std::string> names, std::string_view Candidate::*field) {
   return [names = std::move(names), field](const Candidate& c) {

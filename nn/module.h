@@ -118,7 +118,4 @@ class ModuleList : public Module {
   std::vector<std::unique_ptr<T>> items_;
 };
 
-// '*' in the pattern stands for any run of characters.
-bool matches(std::string_view pattern, std::string_view text);
-
 }  // namespace reprise::nn

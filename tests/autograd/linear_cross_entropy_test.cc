@@ -2,7 +2,6 @@
 #include "autograd/linear_cross_entropy.h"
 
 #include <cstring>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,25 +9,14 @@
 #include <gtest/gtest.h>
 
 #include "autograd/tape.h"
+#include "tests/random_tensor.h"
 
 namespace reprise {
 namespace {
 
-constexpr std::int64_t kTokens = 20, kWidth = 8, kWords = 50;
+using testing::normal;
 
-Tensor normal(const Shape& shape, DType dtype, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> draw;
-  const Tensor x = Tensor::empty(shape, dtype);
-  for (std::int64_t i = 0; i < x.numel(); ++i) {
-    if (dtype == DType::f32) {
-      x.data<float>()[i] = draw(engine);
-    } else {
-      x.data<bfloat16>()[i] = to_bfloat16(draw(engine));
-    }
-  }
-  return x;
-}
+constexpr std::int64_t kTokens = 20, kWidth = 8, kWords = 50;
 
 Tensor labels() {
   std::vector<std::int64_t> values;

@@ -5,23 +5,17 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/error_of.h"
+
 namespace reprise {
 namespace {
+
+using testing::error_of;
 
 Tensor counting(const Shape& shape, Device device = cpu) {
   std::vector<std::int64_t> values(static_cast<std::size_t>(shape.numel()));
   std::iota(values.begin(), values.end(), 0);
   return Tensor::from(values, shape, device);
-}
-
-template <class F>
-std::string error_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 TEST(Shape, RefusesBadSizes) {

@@ -2,43 +2,23 @@
 
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "core/parallel.h"
+#include "tests/error_of.h"
+#include "tests/random_tensor.h"
 
 namespace reprise::kernels {
 namespace {
 
-Tensor normal(std::int64_t count, DType dtype, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> draw;
-  const Tensor x = Tensor::empty({count}, dtype);
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (dtype == DType::f32) {
-      x.data<float>()[i] = draw(engine);
-    } else {
-      x.data<bfloat16>()[i] = to_bfloat16(draw(engine));
-    }
-  }
-  return x;
-}
+using testing::error_of;
+using testing::normal;
 
 double at(const Tensor& x, std::int64_t i) {
   return x.dtype() == DType::f32 ? x.data<float>()[i] : to_float(x.data<bfloat16>()[i]);
-}
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 AdamWTensor states(const Tensor& value, const Tensor& gradient, DType state) {
@@ -80,9 +60,9 @@ TEST(AdamW, EveryDTypeAgreesWithDouble) {
       for (const DType state : {DType::f32, DType::bf16}) {
         for (const bool master : {false, true}) {
           for (const std::int64_t count : {1, 37, 40'000}) {
-            AdamWTensor t = states(normal(count, p_dtype, 1), normal(count, g_dtype, 2), state);
-            t.m.copy_from(normal(count, state, 3));
-            t.v.copy_from(normal(count, state, 4));
+            AdamWTensor t = states(normal({count}, p_dtype, 1), normal({count}, g_dtype, 2), state);
+            t.m.copy_from(normal({count}, state, 3));
+            t.v.copy_from(normal({count}, state, 4));
             for (std::int64_t i = 0; i < count; ++i) {  // v is no negative number
               if (state == DType::f32) {
                 t.v.data<float>()[i] *= t.v.data<float>()[i];
@@ -90,7 +70,7 @@ TEST(AdamW, EveryDTypeAgreesWithDouble) {
                 t.v.data<bfloat16>()[i].bits &= 0x7fffu;
               }
             }
-            t.master = master ? normal(count, DType::f32, 5) : Tensor();
+            t.master = master ? normal({count}, DType::f32, 5) : Tensor();
             t.step = 3;
             const Tensor p0 = (master ? t.master : t.value).clone(), m0 = t.m.clone(),
                          v0 = t.v.clone();
@@ -144,7 +124,7 @@ TEST(AdamW, ManyTensorsAreThoseOfEachForEveryThreadCount) {
     std::vector<AdamWTensor> tensors;
     for (const std::int64_t count : {3, 0, 70'000, 32768, 1}) {
       tensors.push_back(
-          states(normal(count, DType::f32, 1), normal(count, DType::f32, 2), DType::f32));
+          states(normal({count}, DType::f32, 1), normal({count}, DType::f32, 2), DType::f32));
       tensors.back().step = count + 1;
       tensors.back().decay = 0.1 * static_cast<double>(count % 3);
     }

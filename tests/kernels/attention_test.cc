@@ -14,9 +14,12 @@
 #include "core/cuda_device.h"
 #include "core/parallel.h"
 #include "core/philox.h"
+#include "tests/error_of.h"
 
 namespace reprise::kernels {
 namespace {
+
+using testing::error_of;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -470,21 +473,12 @@ TEST(Attention, WorkspaceIsMuchLessThanTheProbabilities) {
   EXPECT_LT(report.peak[static_cast<std::size_t>(MemoryKind::workspace)], 4 * T * T / 30);
 }
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(Attention, WhatTheCudaSideRefuses) {
   const DryRunFor stands_for(DeviceKind::cuda);
   const auto says = [](std::int64_t T, std::int64_t D, bool backward) {
     const Tensor x = Tensor::empty({1, T, 1, D}, DType::f32, reprise::meta);
     const Tensor lse = Tensor::empty({1, 1, T}, DType::f32, reprise::meta);
-    return message_of([&] {
+    return error_of([&] {
       if (backward) {
         attention_backward({x, x, x, {}, {}}, x, lse, x, {x, x, x}, {});
       } else {
@@ -508,7 +502,7 @@ TEST(Attention, Mistakes) {
   const Tensor q = f32({2, 3, 4, 5}), k = f32({2, 6, 2, 5});
   const Tensor out = f32({2, 3, 4, 5}), lse = f32({2, 4, 3});
   const auto says = [&](const AttentionInputs& in, const AttentionOptions& options = {}) {
-    return message_of([&] { attention(in, out, lse, options); });
+    return error_of([&] { attention(in, out, lse, options); });
   };
   EXPECT_EQ(says({q, k, k, {}, {}}), "no error");
   EXPECT_EQ(says({i64({2, 3, 4, 5}), k, k, {}, {}}), "[attention] q must be f32 or bf16, got i64");
@@ -555,16 +549,16 @@ TEST(Attention, Mistakes) {
             "[attention] padded_right must hold, but the mask is 1 at [1, 2]");
   EXPECT_EQ(masked({1, 1, 1, 0, 0, 0}),
             "[attention] padded_right must hold, but the mask is 0 at [1, 0]");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               attention({q, k, k, {}, {}}, f32({2, 3, 4, 6}), lse, {});
             }),
             "[attention] out must be [B, T, H, D] = [2, 3, 4, 5], got [2, 3, 4, 6]");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               attention({q, k, k, {}, {}}, out, f32({2, 3, 4}), {});
             }),
             "[attention] log_sum_exp must be [B, H, T] = [2, 4, 3], got [2, 3, 4]");
   const auto backward_says = [&](const Tensor& dout, const AttentionGradients& to) {
-    return message_of([&] { attention_backward({q, k, k, {}, {}}, out, lse, dout, to, {}); });
+    return error_of([&] { attention_backward({q, k, k, {}, {}}, out, lse, dout, to, {}); });
   };
   EXPECT_EQ(backward_says(out, {f32({2, 3, 4, 5}), {}, {}}), "no error");
   EXPECT_EQ(backward_says(k, {}),

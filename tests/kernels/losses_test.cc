@@ -2,9 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -14,9 +12,14 @@
 #include "kernels/accumulate.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/linear_cross_entropy.h"
+#include "tests/error_of.h"
+#include "tests/random_tensor.h"
 
 namespace reprise::kernels {
 namespace {
+
+using testing::error_of;
+using testing::normal;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -41,32 +44,9 @@ std::vector<float> floats(const Tensor& x) {
   return result;
 }
 
-Tensor normal(const Shape& shape, DType dtype, unsigned seed, double deviation = 1) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> draw(0, static_cast<float>(deviation));
-  const Tensor x = Tensor::empty(shape, dtype);
-  for (std::int64_t i = 0; i < x.numel(); ++i) {
-    if (dtype == DType::f32) {
-      x.data<float>()[i] = draw(engine);
-    } else {
-      x.data<bfloat16>()[i] = to_bfloat16(draw(engine));
-    }
-  }
-  return x;
-}
-
 bool same_bits(const Tensor& a, const Tensor& b) {
   return a.dtype() == b.dtype() && a.shape() == b.shape() &&
          std::memcmp(a.raw(), b.raw(), static_cast<std::size_t>(a.bytes())) == 0;
-}
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 struct Result {

@@ -3,7 +3,6 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <random>
 #include <string>
 #include <thread>
@@ -14,9 +13,12 @@
 #include "core/parallel.h"
 #include "kernels/matmul_sides.h"
 #include "kernels/matmul_tile.h"
+#include "tests/error_of.h"
 
 namespace reprise::kernels {
 namespace {
+
+using testing::error_of;
 
 // A random matrix [rows, columns] whose rows lie `stride` apart, `offset` elements into its
 // storage.
@@ -362,52 +364,42 @@ TEST(ColumnSums, AgreeWithTheFormula) {
   }
 }
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(Matmul, Mistakes) {
   const auto f32 = [](const Shape& shape) { return Tensor::zeros(shape, DType::f32); };
   const Tensor a = f32({2, 3}), b = f32({3, 4}), c = f32({2, 4});
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               matmul(a, f32({4, 4}), c);
             }),
             "[matmul] b must have K = 3 as a [2, 3] has, got [4, 4]");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               matmul(a, b, f32({2, 5}));
             }),
             "[matmul] c must be [M, N] = [2, 4], got [2, 5]");
-  EXPECT_EQ(message_of([&] { matmul(a, b, c, {}, f32({3})); }),
+  EXPECT_EQ(error_of([&] { matmul(a, b, c, {}, f32({3})); }),
             "[matmul] bias must be [N] = [4], got [3]");
-  EXPECT_EQ(message_of([&] { matmul(a, b, c, {.accumulate = true}, f32({4})); }),
+  EXPECT_EQ(error_of([&] { matmul(a, b, c, {.accumulate = true}, f32({4})); }),
             "[matmul] bias must be absent when the product is added to c");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               matmul(Tensor::zeros({2, 3}, DType::f64), b, c);
             }),
             "[matmul] a must be f32 or bf16, got f64");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               matmul(a, Tensor::zeros({3, 4}, DType::bf16), c);
             }),
             "[matmul] b must be f32, got bf16");
-  EXPECT_EQ(message_of([&] { matmul(f32({}), b, c); }),
-            "[matmul] a must be a matrix, got a scalar");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] { matmul(f32({}), b, c); }), "[matmul] a must be a matrix, got a scalar");
+  EXPECT_EQ(error_of([&] {
               matmul(f32({3, 2}).transpose(0, 1), b, c);
             }),
             "[matmul] a must be rows of unit stride, got shape [2, 3] with other strides: call "
             "contiguous()");
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               matmul(Tensor::zeros({2, 3}, DType::f32, meta), b, c);
             }),
             "[matmul] a must be on cpu, got meta");
-  EXPECT_EQ(message_of([&] { column_sums(a, f32({4})); }),
+  EXPECT_EQ(error_of([&] { column_sums(a, f32({4})); }),
             "[column_sums] sums must be [N] = [3], got [4]");
-  EXPECT_EQ(message_of([&] { column_sums(a, Tensor::zeros({3}, DType::i64)); }),
+  EXPECT_EQ(error_of([&] { column_sums(a, Tensor::zeros({3}, DType::i64)); }),
             "[column_sums] sums must be f32 or bf16, got i64");
 }
 

@@ -2,48 +2,28 @@
 
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "core/parallel.h"
+#include "tests/error_of.h"
+#include "tests/random_tensor.h"
 
 namespace reprise::kernels {
 namespace {
+
+using testing::error_of;
+using testing::normal;
 
 Tensor scalar(double value = 0, DType dtype = DType::f32) {
   return Tensor::full({}, dtype, value);
 }
 
-Tensor normal(const Shape& shape, DType dtype, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> draw;
-  const Tensor x = Tensor::empty(shape, dtype);
-  for (std::int64_t i = 0; i < x.numel(); ++i) {
-    if (dtype == DType::f32) {
-      x.data<float>()[i] = draw(engine);
-    } else {
-      x.data<bfloat16>()[i] = to_bfloat16(draw(engine));
-    }
-  }
-  return x;
-}
-
 double at(const Tensor& x, std::int64_t i) {
   return x.dtype() == DType::f32 ? x.data<float>()[i] : to_float(x.data<bfloat16>()[i]);
-}
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 double sum_of(const Tensor& x, bool squares) {

@@ -7,12 +7,16 @@
 
 #include <gtest/gtest.h>
 
-#include "autograd/dry_run.h"
 #include "autograd/tape.h"
 #include "nn/weights/json.h"
+#include "tests/error_of.h"
+#include "tests/nn/predicted_peak.h"
 
 namespace reprise::nn {
 namespace {
+
+using testing::error_of;
+using testing::expect_predicted_peak;
 
 using Ids = std::vector<std::int64_t>;
 using Floats = std::vector<float>;
@@ -78,15 +82,6 @@ std::int64_t count(Model& model) {
   return std::accumulate(
       parameters.begin(), parameters.end(), std::int64_t{0},
       [](std::int64_t sum, const Parameter* p) { return sum + p->shape().numel(); });
-}
-
-std::string mistake(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
 }
 
 TEST(Clip, SizesOfPublishedModels) {
@@ -179,7 +174,7 @@ TEST(Clip, ATextIsTakenAtItsFirstEnd) {
   // Causality: what follows the end is not seen, whatever it is.
   EXPECT_EQ(embeds(*model, {1, 3, 5, 5, 5}), embeds(*model, {1, 3, 5, 9, 30}));
   EXPECT_NE(embeds(*model, {1, 3, 9, 5, 5}), embeds(*model, {1, 3, 5, 9, 5}));
-  EXPECT_EQ(mistake([&] {
+  EXPECT_EQ(error_of([&] {
               (void)embeds(*model, {1, 2, 3});
             }),
             "[model] row 0 of ids has no end of text, id 5");
@@ -232,9 +227,9 @@ TEST(Clip, HiddenStatesAreNumberedFromBothEnds) {
     EXPECT_EQ(patches[i], last[16 + i]);
     EXPECT_EQ(patches[9 * 16 + i], last[11 * 16 + i]);
   }
-  EXPECT_EQ(mistake([&] { (void)state(4); }),
+  EXPECT_EQ(error_of([&] { (void)state(4); }),
             "[model] the number of a hidden state must be from -4 to 3, got 4");
-  EXPECT_EQ(mistake([&] { (void)state(-5); }),
+  EXPECT_EQ(error_of([&] { (void)state(-5); }),
             "[model] the number of a hidden state must be from -4 to 3, got -5");
 }
 
@@ -380,24 +375,7 @@ TEST(Clip, ADryRunPredictsThePeak) {
   const auto real = build<Clip>(clip_of(5)), shapes = build<Clip>(clip_of(5), {meta, DType::f32});
   Batch batch = batch_of({1, 3, 5, 5, 4, 5, 5, 5}, 2);
   batch.pixels = pixels_of(2, 16, 8);
-  Batch dry;
-  dry.ids = batch.ids.to(meta);
-  dry.pixels = batch.pixels.to(meta);
-  for (const std::string& name : Policies::names()) {
-    const Policies policies = Policies::named(name);
-    for (Clip* model : {real.get(), shapes.get()}) {
-      for (Parameter* parameter : model->parameters()) {
-        parameter->zero_gradient();
-      }
-    }
-    const std::int64_t meta_bytes = allocator(meta).report().live_bytes;
-    const StepReport predicted = dry_run([&] { return shapes->loss(dry); }, policies);
-    const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
-    const StepReport measured = measure_step([&] { return real->loss(batch); }, policies, cpu);
-    EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
-    EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
-    EXPECT_EQ(predicted.replay_flops, measured.replay_flops) << name;
-  }
+  expect_predicted_peak(*real, *shapes, batch);
 }
 
 TEST(Clip, InitialValuesFollowThePaper) {
@@ -450,21 +428,27 @@ TEST(Clip, OldBuffersArePassedOver) {
 TEST(Clip, Mistakes) {
   const auto model = build<Clip>(clip_of(5));
   const auto with = [&](const std::function<void(Batch&)>& change) {
-    return mistake([&] {
+    return error_of([&] {
       Batch batch = batch_of({1, 5, 2, 5}, 2);
       change(batch);
       (void)model->loss(batch);
     });
   };
-  EXPECT_EQ(with([](Batch&) {}), "");
+  EXPECT_EQ(with([](Batch&) {}), "no error");
   EXPECT_EQ(with([](Batch& b) { b.pixels = {}; }), "[loss] the batch must have ids and pixels");
   EXPECT_EQ(with([](Batch& b) { b.pixels = pixels_of(3); }),
             "[loss] there must be a text for each of the 3 images, got 2");
   EXPECT_EQ(with([](Batch& b) { b.pixels = pixels_of(2, 12, 14); }),
             "[model] pixels must be f32 [images, 3, H, W], H and W multiples of patch_size = 4, "
             "got f32 [2, 3, 12, 14]");
-  EXPECT_NE(with([](Batch& b) { b.pixels = Tensor::zeros(Shape{2, 1, 12, 12}, DType::f32); }), "");
-  EXPECT_NE(with([](Batch& b) { b.pixels = Tensor::zeros(Shape{2, 3, 0, 12}, DType::f32); }), "");
+  EXPECT_NE(with([](Batch& b) {
+              b.pixels = Tensor::zeros(Shape{2, 1, 12, 12}, DType::f32);
+            }),
+            "no error");
+  EXPECT_NE(with([](Batch& b) {
+              b.pixels = Tensor::zeros(Shape{2, 3, 0, 12}, DType::f32);
+            }),
+            "no error");
   EXPECT_EQ(with([](Batch& b) {
               b.ids = Tensor::zeros(Shape{2, 2}, DType::i32);
             }),
@@ -481,16 +465,19 @@ TEST(Clip, Mistakes) {
               b.starts = {{0}, {0}};
             }),
             "[model] starts must be absent: a text is a row");
-  EXPECT_NE(with([](Batch& b) { b.ids = Tensor::from(Ids{31, 5, 1, 5}, Shape{2, 2}); }), "");
-  EXPECT_EQ(mistake([&] {
+  EXPECT_NE(with([](Batch& b) {
+              b.ids = Tensor::from(Ids{31, 5, 1, 5}, Shape{2, 2});
+            }),
+            "no error");
+  EXPECT_EQ(error_of([&] {
               (void)model->loss(batch_of({1, 5}, 1), {.items = 0});
             }),
             "[loss] items must be above 0, got 0");
   const auto vision = build<ClipVision>(kVision);
-  EXPECT_NE(mistake([&] { (void)vision->loss({}); }).find("got nothing"), std::string::npos);
+  EXPECT_NE(error_of([&] { (void)vision->loss({}); }).find("got nothing"), std::string::npos);
   Batch images;
   images.pixels = pixels_of(1);
-  EXPECT_EQ(mistake([&] { (void)vision->loss(images, {.items = 2}); }),
+  EXPECT_EQ(error_of([&] { (void)vision->loss(images, {.items = 2}); }),
             "[loss] items must be absent: there are no labels to divide by");
 }
 

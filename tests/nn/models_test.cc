@@ -4,14 +4,18 @@
 
 #include <gtest/gtest.h>
 
-#include "autograd/dry_run.h"
 #include "autograd/tape.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
+#include "tests/error_of.h"
+#include "tests/nn/predicted_peak.h"
 
 namespace reprise::nn {
 namespace {
+
+using testing::error_of;
+using testing::expect_predicted_peak;
 
 using Ids = std::vector<std::int64_t>;
 
@@ -308,27 +312,7 @@ TEST(Models, ADryRunPredictsThePeak) {
   for (const std::string& text : {kGpt2, kLlama, kQwen2, kQwen3, kGlm4, kGlm, kInternLm2, kQwen}) {
     const auto real = build(text), shapes = build(text, {meta, DType::f32});
     const Batch batch = batch_of(kIds, 2);
-    Batch dry;
-    dry.ids = batch.ids.to(meta);
-    dry.labels = batch.labels.to(meta);
-    for (const std::string& name : Policies::names()) {
-      const Policies policies = Policies::named(name);
-      for (LanguageModel* model : {real.get(), shapes.get()}) {
-        for (Parameter* parameter : model->parameters()) {
-          parameter->zero_gradient();
-        }
-      }
-      const std::int64_t meta_bytes = allocator(meta).report().live_bytes;
-      const StepReport predicted = dry_run([&] { return shapes->loss(dry); }, policies);
-      const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
-      const StepReport measured = measure_step([&] { return real->loss(batch); }, policies, cpu);
-      EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
-      EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
-      EXPECT_EQ(predicted.tape.dropped_bytes, measured.tape.dropped_bytes) << name;
-      EXPECT_EQ(predicted.replay_flops, measured.replay_flops) << name;
-      const auto kind = static_cast<std::size_t>(MemoryKind::saved);
-      EXPECT_EQ(predicted.peak[kind], measured.peak[kind]) << name;
-    }
+    expect_predicted_peak(*real, *shapes, batch);
   }
 }
 
@@ -355,25 +339,16 @@ TEST(Models, InitialValuesFollowThePaper) {
   EXPECT_EQ(model->embedding_table().value().to_vector<float>(), before);
 }
 
-std::string mistake(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
 TEST(Models, Mistakes) {
   const auto model = build(kLlama);
   const auto with = [&](const std::function<void(Batch&)>& change) {
-    return mistake([&] {
+    return error_of([&] {
       Batch batch = batch_of(kIds);
       change(batch);
       (void)model->loss(batch);
     });
   };
-  EXPECT_EQ(with([](Batch&) {}), "");
+  EXPECT_EQ(with([](Batch&) {}), "no error");
   EXPECT_EQ(with([](Batch& b) { b.ids = {}; }), "[model] ids must be i64 [B, T], got nothing");
   EXPECT_EQ(with([](Batch& b) { b.ids = Tensor::zeros(Shape{8}, DType::i64); }),
             "[model] ids must be i64 [B, T], got i64 [8]");
@@ -400,10 +375,11 @@ TEST(Models, Mistakes) {
               }).find("[model] starts of a row must ascend from 0 and stay below T = 8, got ["),
               std::string::npos);
   }
-  EXPECT_EQ(mistake([&] { (void)model->loss(batch_of(kIds), {.items = 0}); }),
+  EXPECT_EQ(error_of([&] { (void)model->loss(batch_of(kIds), {.items = 0}); }),
             "[loss] items must be above 0, got 0");
-  EXPECT_NE(mistake([&] { (void)model->loss(batch_of({19, 0})); }), "");            // no such token
-  EXPECT_NE(mistake([&] { (void)build(kGpt2)->loss(batch_of(Ids(17, 1))); }), "");  // positions end
+  EXPECT_NE(error_of([&] { (void)model->loss(batch_of({19, 0})); }), "no error");  // no such token
+  EXPECT_NE(error_of([&] { (void)build(kGpt2)->loss(batch_of(Ids(17, 1))); }),
+            "no error");  // positions end
 }
 
 TEST(Models, ABatchOfNoRowsMayHaveAnyLength) {
@@ -418,13 +394,13 @@ TEST(Models, ABatchOfNoRowsMayHaveAnyLength) {
 TEST(Models, RotaryPositionsHaveARange) {
   const auto model = build(kLlama);
   const auto at = [&](std::int64_t position) {
-    return mistake([&] {
+    return error_of([&] {
       Batch batch = batch_of({1, 2});
       batch.positions = Tensor::from(Ids{0, position}, Shape{1, 2});
       (void)model->loss(batch);
     });
   };
-  EXPECT_EQ(at((std::int64_t{1} << 31) - 1), "");
+  EXPECT_EQ(at((std::int64_t{1} << 31) - 1), "no error");
   for (const std::int64_t bad : {INT64_MAX, INT64_MIN, std::int64_t{-1}, std::int64_t{1} << 31}) {
     EXPECT_EQ(at(bad),
               "[model] positions must be from 0 to 2147483647, got " + std::to_string(bad));

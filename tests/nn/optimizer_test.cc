@@ -1,6 +1,5 @@
 // AdamW over parameters, schedules and clipping.
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -14,18 +13,12 @@
 #include "nn/optimizer/adamw.h"
 #include "nn/optimizer/clip.h"
 #include "nn/optimizer/schedule.h"
+#include "tests/error_of.h"
 
 namespace reprise::nn {
 namespace {
 
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
+using testing::error_of;
 
 std::unique_ptr<Parameter> parameter(const std::string& name, const std::vector<float>& values,
                                      DType dtype = DType::f32) {

@@ -13,6 +13,7 @@
 #include <gtest/gtest.h>
 
 #include "autograd/tape.h"
+#include "core/pattern.h"
 #include "nn/linear.h"
 #include "nn/lora.h"
 #include "nn/models/language_model.h"

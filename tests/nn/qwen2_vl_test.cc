@@ -15,12 +15,16 @@
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
 #include "nn/weights/safetensors.h"
+#include "tests/error_of.h"
 #include "tests/nn/files.h"
+#include "tests/nn/predicted_peak.h"
 
 namespace reprise::nn {
 namespace {
 
 using ::testing::ElementsAre;
+using testing::error_of;
+using testing::expect_predicted_peak;
 using testing::Folder;
 using testing::golden;
 using ::testing::HasSubstr;
@@ -105,15 +109,6 @@ Batch small() {
 
 Floats logits(LanguageModel& model, const Batch& batch) {
   return model.logits(batch).tensor().to_vector<float>();
-}
-
-std::string mistake(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
 }
 
 std::int64_t count(Module& model) {
@@ -364,13 +359,13 @@ TEST(Qwen2Vl, TextAloneLeavesTheTowerAlone) {
 TEST(Qwen2Vl, Mistakes) {
   const auto vl = build();
   const auto with = [&](const std::function<void(Batch&)>& change) {
-    return mistake([&] {
+    return error_of([&] {
       Batch batch = small();
       change(batch);
       (void)vl.model.loss(batch);
     });
   };
-  EXPECT_EQ(with([](Batch&) {}), "");
+  EXPECT_EQ(with([](Batch&) {}), "no error");
   const auto ids = [](const Ids& values) {
     return [values](Batch& b) { b.ids = Tensor::from(values, Shape{1, 7}); };
   };
@@ -487,27 +482,7 @@ TEST(Qwen2Vl, AFrozenTowerHasNoBackward) {
 
 TEST(Qwen2Vl, ADryRunPredictsThePeak) {
   const auto real = build(), shapes = build("", {meta, DType::f32});
-  const Batch batch = small();
-  Batch dry;
-  dry.ids = batch.ids.to(meta);
-  dry.labels = batch.labels.to(meta);
-  dry.grids = batch.grids.to(meta);
-  dry.pixels = Tensor::empty(batch.pixels.shape(), DType::f32, meta);
-  for (const std::string& name : Policies::names()) {
-    for (Model* model : {real.owner.get(), shapes.owner.get()}) {
-      for (Parameter* parameter : model->parameters()) {
-        parameter->zero_gradient();
-      }
-    }
-    const Policies policies = Policies::named(name);
-    const std::int64_t meta_bytes = allocator(meta).report().live_bytes;
-    const StepReport predicted = dry_run([&] { return shapes.model.loss(dry); }, policies);
-    const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
-    const StepReport measured = measure_step([&] { return real.model.loss(batch); }, policies, cpu);
-    EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
-    EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
-    EXPECT_EQ(predicted.tape.dropped_bytes, measured.tape.dropped_bytes) << name;
-  }
+  expect_predicted_peak(real.model, shapes.model, small());
 }
 
 TEST(Qwen2Vl, BothGenerationsOfNamesLoad) {

@@ -10,17 +10,21 @@
 #include <gtest/gtest.h>
 
 #include "autograd/dropout.h"
-#include "autograd/dry_run.h"
 #include "autograd/tape.h"
 #include "nn/adapters/lora.h"
 #include "nn/initialize.h"
 #include "nn/lora.h"
 #include "nn/weights/folder.h"
 #include "nn/weights/json.h"
+#include "tests/error_of.h"
 #include "tests/nn/files.h"
+#include "tests/nn/predicted_peak.h"
 
 namespace reprise::nn {
 namespace {
+
+using testing::error_of;
+using testing::expect_predicted_peak;
 
 using Ids = std::vector<std::int64_t>;
 using Floats = std::vector<float>;
@@ -115,15 +119,6 @@ std::int64_t count(Model& model, const std::string& part = "") {
     sum += entry.path.find(part) != std::string::npos ? entry.parameter->shape().numel() : 0;
   }
   return sum;
-}
-
-std::string mistake(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
 }
 
 // What the published files have in common.
@@ -528,7 +523,7 @@ TEST(XComposer2, ViewsOfAnImage) {
   // The resized image keeps a plane a plane away from its edges: (dst + 1/2) in / out - 1/2.
   const float at = v[((0 * 3 + 0) * 4 + 1) * 4 + 1];
   EXPECT_NEAR(at, (1.5f * 2 - 0.5f) * 12 + (1.5f * 3 - 0.5f), 1e-3);
-  EXPECT_EQ(mistake([&] { (void)xcomposer2_views(image, 5); }),
+  EXPECT_EQ(error_of([&] { (void)xcomposer2_views(image, 5); }),
             "[views] image must be f32 [3, H, W], H and W multiples of 5, got f32 [3, 8, 12]");
 }
 
@@ -539,39 +534,19 @@ TEST(XComposer2, ADryRunPredictsThePeak) {
   batch.image_tokens = Tensor::from(Ids{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0}, Shape{2, 7});
   batch.pixels = pixels_of(2);
   batch.grids = Tensor::from(Ids{1, 1, 1}, Shape{1, 3});
-  Batch dry;
-  for (Tensor Batch::*const each :
-       {&Batch::ids, &Batch::labels, &Batch::image_tokens, &Batch::pixels, &Batch::grids}) {
-    dry.*each = (batch.*each).to(meta);
-  }
-  Floats first;
-  for (const std::string& name : Policies::names()) {
-    const Policies policies = Policies::named(name);
-    for (XComposer2* model : {real.get(), shapes.get()}) {
-      for (Parameter* parameter : model->parameters()) {
-        parameter->zero_gradient();
-      }
-    }
-    const std::int64_t meta_bytes = allocator(meta).report().live_bytes;
-    const StepReport predicted = dry_run([&] { return shapes->loss(dry); }, policies);
-    const std::int64_t cpu_bytes = allocator(cpu).report().live_bytes;
-    const StepReport measured = measure_step([&] { return real->loss(batch); }, policies, cpu);
-    EXPECT_EQ(predicted.peak_bytes - meta_bytes, measured.peak_bytes - cpu_bytes) << name;
-    EXPECT_EQ(predicted.tape.records, measured.tape.records) << name;
-    EXPECT_EQ(predicted.replay_flops, measured.replay_flops) << name;
-  }
+  expect_predicted_peak(*real, *shapes, batch);
 }
 
 TEST(XComposer2, Mistakes) {
   const auto square = build(kSquare), tiles = build(kTiles);
   const auto with = [&](XComposer2& model, const std::function<void(Batch&)>& change) {
-    return mistake([&] {
+    return error_of([&] {
       Batch batch = some_images();
       change(batch);
       (void)model.loss(batch);
     });
   };
-  EXPECT_EQ(with(*square, [](Batch&) {}), "");
+  EXPECT_EQ(with(*square, [](Batch&) {}), "no error");
   EXPECT_EQ(with(*square, [](Batch& b) { b.pixels = pixels_of(2); }),
             "[model] the images give 8 tokens, but image_tokens has 4 of them");
   EXPECT_EQ(with(*square, [](Batch& b) { b.image_tokens = {}; }),

@@ -1,7 +1,7 @@
 // A small training job in which one rank goes wrong: mpi_faulty FAULT CULPRIT [anything].
 // A fault is a difference ("count", "seed", ...) or KIND@POINT: kill, stop, exit0, exit3, loop,
-// silent, slow or throw at start, forward, backward, replay, optimizer, save or end.
-// With --ranks N it starts itself.
+// silent, slow, long (a minute) or throw at start, forward, backward, replay, optimizer, save or
+// end. With --ranks N it starts itself.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -49,8 +49,9 @@ void go_wrong(const std::string& kind) {
     volatile bool forever = true;
     while (forever) {
     }
-  } else if (kind == "slow") {
-    for (const auto end = Clock::now() + kLimit * 3 / 2; Clock::now() < end;) {
+  } else if (kind == "slow" || kind == "long") {
+    for (const auto end = Clock::now() + kLimit * (kind == "long" ? 40 : 3) / 2;
+         Clock::now() < end;) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
       progress().tick();
     }
