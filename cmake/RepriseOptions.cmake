@@ -19,6 +19,9 @@ if(REPRISE_CCACHE)
   endforeach()
 endif()
 
+# tools/check_ptxas reads what ptxas says, beside each object.
+list(PREPEND CMAKE_CUDA_COMPILER_LAUNCHER ${PROJECT_SOURCE_DIR}/tools/with_ptxas_report)
+
 # Contraction would make results depend on the target that run-time dispatch chooses.
 add_library(reprise_flags INTERFACE)
 target_compile_options(reprise_flags INTERFACE

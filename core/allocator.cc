@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "core/arena.h"
@@ -17,6 +18,39 @@ constexpr unsigned char kPoisonByte = 0xFF;  // a NaN in every floating type
 
 bool intact(const unsigned char* guard) {
   return std::all_of(guard, guard + kGuardBytes, [](unsigned char c) { return c == kGuardByte; });
+}
+
+// Who holds what, for whoever got no more.
+std::string holders(std::int64_t live_bytes, const BytesByKind& live,
+                    const std::vector<std::string>& labels,
+                    const std::vector<std::int64_t>& live_by_label) {
+  constexpr std::size_t kMostSegments = 5;
+  std::string text = fmt::format("held are {} bytes", live_bytes);
+  const char* before = ": ";
+  for (std::size_t kind = 0; kind < kMemoryKinds; ++kind) {
+    if (live[kind] > 0) {
+      text += fmt::format("{}{} {}", before, name(static_cast<MemoryKind>(kind)), live[kind]);
+      before = ", ";
+    }
+  }
+  std::vector<std::pair<std::int64_t, std::string_view>> segments;
+  for (std::size_t i = 1; i < labels.size(); ++i) {
+    if (live_by_label[i] > 0) {
+      segments.emplace_back(live_by_label[i], labels[i]);
+    }
+  }
+  std::sort(segments.begin(), segments.end(), std::greater<>());
+  before = "; segments: ";
+  for (std::size_t i = 0; i < std::min(segments.size(), kMostSegments); ++i) {
+    text += fmt::format("{}{} {}", before, segments[i].second, segments[i].first);
+    before = ", ";
+  }
+  const std::int64_t policies = live[static_cast<std::size_t>(MemoryKind::activations)] +
+                                live[static_cast<std::size_t>(MemoryKind::saved)];
+  return text + fmt::format(
+                    "; policies that keep less share {} of them, `reprise memory` says "
+                    "which one fits",
+                    policies);
 }
 
 }  // namespace
@@ -68,14 +102,23 @@ void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::ui
     fault_(bytes);
   }
   void* at = nullptr;
+  const auto take = [&](std::size_t count) {
+    try {
+      return source_.allocate(count);
+    } catch (const Error& error) {
+      throw Error(fmt::format("{}; wanted as {}{}{}; {}", error.what(), name(kind),
+                              label_ == 0 ? "" : " in ", labels_[label_],
+                              holders(live_bytes_, live_, labels_, live_by_label_)));
+    }
+  };
   if (real && bytes > 0) {
     if (guard_ && device_.kind != DeviceKind::cuda) {
-      auto* block = static_cast<unsigned char*>(source_.allocate(bytes + 2 * kGuardBytes));
+      auto* block = static_cast<unsigned char*>(take(bytes + 2 * kGuardBytes));
       std::memset(block, kGuardByte, kGuardBytes);
       std::memset(block + kGuardBytes + bytes, kGuardByte, kGuardBytes);
       at = block + kGuardBytes;
     } else {
-      at = source_.allocate(bytes);
+      at = take(bytes);
     }
   }
   segment = label_;

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/cuda_errors.h"
 #include "core/error.h"
 #include "core/pinned_memory.h"
 #include "core/step_graph.h"
@@ -19,44 +20,34 @@ namespace {
 
 constexpr int kMostDevices = 16;
 
-std::string version_text(int version) {
-  return fmt::format("{}.{}", version / 1000, version % 1000 / 10);
+struct Found {
+  int devices = 0;
+  cudaError_t status = cudaSuccess;
+};
+// Asked once: a driver does not come and go.
+const Found& found() {
+  static const Found once = [] {
+    Found it;
+    it.status = cudaGetDeviceCount(&it.devices);
+    it.devices = it.status == cudaSuccess ? std::min(it.devices, kMostDevices) : 0;
+    return it;
+  }();
+  return once;
 }
 
-[[noreturn]] void fail_without_device() {
-  int found = 0, driver = 0;
-  const cudaError_t status = cudaGetDeviceCount(&found);
-  cudaDriverGetVersion(&driver);  // 0: there is none
-  const std::string needed = version_text(CUDART_VERSION);
-  if (driver == 0) {
-    fail("cuda", "this machine has no NVIDIA driver: install one that supports CUDA {}", needed);
-  }
-  if (status == cudaErrorInsufficientDriver) {
-    fail("cuda", "the driver supports CUDA {}, this build needs {}: install a newer driver",
-         version_text(driver), needed);
-  }
-  fail("cuda", "the driver sees no device: {}", cudaGetErrorString(status));
-}
-
-// Kernels are compiled for 8.0 and what runs its code, and for 9.0.
-void expect_new_enough(Device device) {
+void expect_kernels_for(Device device) {
   cudaDeviceProp card{};
   cuda_check("cuda", cudaGetDeviceProperties(&card, device.index));
-  if (card.major < 8) {
-    fail("cuda", "{} is {} with compute capability {}.{}: the kernels need 8.0 or later",
-         to_string(device), static_cast<const char*>(card.name), card.major, card.minor);
-  }
+  expect_capability(to_string(device), card.name, card.major, card.minor);
 }
 
 // Makes the device current on this thread while it lives.
 class Current {
  public:
   explicit Current(Device device) {
-    if (device.kind == DeviceKind::cuda && cuda_device_count() == 0) {
-      fail_without_device();
-    }
     if (device.kind != DeviceKind::cuda || device.index < 0 ||
         device.index >= cuda_device_count()) {
+      cuda_check("cuda", found().status);  // no driver, no device
       fail("cuda", "device must be one of {} (cuda:0 ..), got {}", cuda_device_count(),
            to_string(device));
     }
@@ -215,17 +206,14 @@ class CudaMemory final : public MemorySource {
 void cuda_check(const char* operation, int status) {
   if (status != cudaSuccess) {
     const auto error = static_cast<cudaError_t>(status);
-    fail(operation, "CUDA: {} ({})", cudaGetErrorString(error), cudaGetErrorName(error));
+    const std::string advice = cuda_advice(status);
+    fail(operation, "CUDA: {} ({}){}{}", cudaGetErrorString(error), cudaGetErrorName(error),
+         advice.empty() ? "" : ": ", advice);
   }
 }
 
 int cuda_device_count() {
-  static const int count = [] {
-    int found = 0;
-    // Without a driver or a device this fails, which is no error: there are none.
-    return cudaGetDeviceCount(&found) == cudaSuccess ? std::min(found, kMostDevices) : 0;
-  }();
-  return count;
+  return found().devices;
 }
 
 // Made at its first use and never destroyed: the driver may be gone before static objects are.
@@ -265,7 +253,7 @@ Allocator& cuda_allocator(Device device) {
   const std::lock_guard lock(allocators().mutex);
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
-    expect_new_enough(device);
+    expect_kernels_for(device);
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;

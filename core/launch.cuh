@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #elif !defined(REPRISE_SIMT)
 #error "a .cu file is compiled by nvcc, or for the SIMT shim with -include tests/simt/simt.h"
 #endif
@@ -21,7 +22,7 @@ struct LaunchShape {
 
 #if defined(__CUDACC__)
 
-// Starts a kernel in order of the stream. `name` stands in errors.
+// Starts a kernel in order of the stream; in checked mode waits for it. `name` stands in errors.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStream_t stream,
             const A&... arguments) {
@@ -35,7 +36,14 @@ void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStrea
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cuda_check(name, cudaLaunchKernelEx(&config, kernel, P(arguments)...));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  const cudaError_t later =
+      status == cudaSuccess && cuda_checked() ? cudaStreamSynchronize(stream) : cudaSuccess;
+  if (status != cudaSuccess || later != cudaSuccess) [[unlikely]] {
+    const auto [grid, block, shared_bytes] = shape;
+    fail_launch(name, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+                status == cudaSuccess, status == cudaSuccess ? later : status);
+  }
 }
 
 // The block's dynamic shared memory, 16-byte aligned.

@@ -113,6 +113,20 @@ void run_on_cpu(std::span<const AdamWTensor> tensors, std::span<const AdamWScala
   });
 }
 
+// Many tensors a launch. The scalars come from the host, or are read from the device's `rows`.
+void run_on_cuda(std::span<const AdamWTensor> tensors, std::span<const AdamWScalars> scalars,
+                 const AdamWScalars* rows, [[maybe_unused]] Device device) {
+  const std::vector<AdamWRun> runs = runs_of(tensors);
+  std::vector<AdamWItem> items;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].value.numel() > 0) {
+      items.push_back({runs[i], rows == nullptr ? scalars[i] : AdamWScalars{},
+                       rows == nullptr ? nullptr : rows + i, tensors[i].value.numel()});
+    }
+  }
+  REPRISE_CUDA_SIDE("adamw", cuda::adamw(items, cuda_stream(device)));
+}
+
 }  // namespace
 
 void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) {
@@ -130,11 +144,7 @@ void adamw(std::span<const AdamWTensor> tensors, const AdamWSettings& settings) 
     scalars.push_back(scalars_of(t, settings));
   }
   if (device.kind == DeviceKind::cuda) {
-    const std::vector<AdamWRun> runs = runs_of(tensors);
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], scalars[i], tensors[i].value.numel(),
-                                                 cuda_stream(device)));
-    }
+    run_on_cuda(tensors, scalars, nullptr, device);
     return;
   }
   run_on_cpu(tensors, scalars);
@@ -169,12 +179,7 @@ void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars) {
     return;
   }
   if (device.kind == DeviceKind::cuda) {
-    const std::vector<AdamWRun> runs = runs_of(tensors);
-    [[maybe_unused]] const auto* rows = static_cast<const AdamWScalars*>(scalars.raw());
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-      REPRISE_CUDA_SIDE("adamw", cuda::adamw_run(runs[i], rows + i, tensors[i].value.numel(),
-                                                 cuda_stream(device)));
-    }
+    run_on_cuda(tensors, {}, static_cast<const AdamWScalars*>(scalars.raw()), device);
     return;
   }
   std::vector<AdamWScalars> rows(tensors.size());

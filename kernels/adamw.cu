@@ -1,4 +1,5 @@
 #include "kernels/adamw_sides.h"
+#include "kernels/list.cuh"
 #include "kernels/matrix.cuh"
 
 namespace reprise::kernels::cuda {
@@ -35,22 +36,32 @@ struct Step {
   }
 };
 
-struct StepFromMemory {
-  AdamWRun run;
-  const AdamWScalars* c;
-  __device__ void operator()(std::int64_t row, std::int64_t column, int count) const {
-    Step{run, *c}(row, column, count);
+constexpr int kThreads = 256;
+
+// A block a chunk.
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(const __grid_constant__ Listed<AdamWItem> list) {
+  const int chunk = static_cast<int>(blockIdx.x);
+  const int i = listed_at(list, chunk);
+  const AdamWItem& item = list.items[i];
+  const std::int64_t begin = (chunk - list.firsts[i]) * kAdamWChunkElements;
+  const std::int64_t after = begin + kAdamWChunkElements;
+  const std::int64_t end = after < item.count ? after : item.count;
+  const Step step{item.run, item.in_memory == nullptr ? item.scalars : *item.in_memory};
+  for (std::int64_t at = begin + threadIdx.x * kRun; at < end; at += kThreads * kRun) {
+    step(0, at, end - at < kRun ? static_cast<int>(end - at) : kRun);
   }
-};
+}
 
 }  // namespace
 
-void adamw_run(const AdamWRun& run, const AdamWScalars* scalars, std::int64_t count, void* stream) {
-  launch_runs("adamw", StepFromMemory{run, scalars}, {1, count}, stream);
-}
-
-void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t count, void* stream) {
-  launch_runs("adamw", Step{run, scalars}, {1, count}, stream);
+void adamw(std::span<const AdamWItem> items, void* stream) {
+  for_lists(items, kAdamWChunkElements, [&](const Listed<AdamWItem>& list, int chunks) {
+    if (chunks > 0) {
+      launch("adamw", adamw_kernel, {dim3(static_cast<unsigned>(chunks)), dim3(kThreads)},
+             static_cast<cudaStream_t>(stream), list);
+    }
+  });
 }
 
 }  // namespace reprise::kernels::cuda

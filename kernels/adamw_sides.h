@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "core/dtype.h"
 
@@ -33,11 +34,17 @@ void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t be
                std::int64_t end);
 }  // namespace cpu
 
-// In order of the stream.
+struct AdamWItem {
+  AdamWRun run;
+  AdamWScalars scalars;
+  const AdamWScalars* in_memory;  // of the device: what is read instead; may be null
+  std::int64_t count;
+};
+inline constexpr std::int64_t kAdamWChunkElements = 16384;
+
+// In order of the stream, many tensors a launch.
 namespace cuda {
-void adamw_run(const AdamWRun& run, const AdamWScalars& scalars, std::int64_t count, void* stream);
-// The scalars are read from device memory.
-void adamw_run(const AdamWRun& run, const AdamWScalars* scalars, std::int64_t count, void* stream);
+void adamw(std::span<const AdamWItem> items, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

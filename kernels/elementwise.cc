@@ -1,6 +1,7 @@
 #include "kernels/elementwise.h"
 
 #include "core/cuda_device.h"
+#include "kernels/column_sums_workspace.h"
 #include "kernels/elementwise_sides.h"
 #include "kernels/matrix.h"
 
@@ -76,16 +77,18 @@ void bias_gradient(const Tensor& dy, const Tensor& dbias, bool accumulate) {
   expect_device("add_bias", "dbias", dbias, dy.device());
   expect_contiguous("add_bias", "dbias", dbias);
   const Matrix from = matrix("add_bias", "dy", dy), to = matrix("add_bias", "dbias", dbias);
+  const MatrixSize size{dy.shape().rows(), dy.shape().back()};
+  const Tensor partial = column_sum_workspace(size, dy.device());
   if (dy.is_meta() || dbias.numel() == 0) {
     return;
   }
   if (dy.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE("add_bias", cuda::bias_gradient(from, to, accumulate,
-                                                      {dy.shape().rows(), dy.shape().back()},
-                                                      cuda_stream(dy.device())));
+    REPRISE_CUDA_SIDE("add_bias",
+                      cuda::bias_gradient(from, to, accumulate, size, partial.data<float>(),
+                                          cuda_stream(dy.device())));
     return;
   }
-  cpu::bias_gradient(from, to, accumulate, {dy.shape().rows(), dy.shape().back()});
+  cpu::bias_gradient(from, to, accumulate, size);
 }
 
 }  // namespace reprise::kernels

@@ -1,3 +1,4 @@
+#include "kernels/column_sums.cuh"
 #include "kernels/elementwise_sides.h"
 #include "kernels/matrix.cuh"
 
@@ -45,10 +46,10 @@ struct AddBias {
   }
 };
 
-struct Element {
+struct Elements {
   Matrix x;
-  __device__ float operator()(std::int64_t row, std::int64_t column) const {
-    return load_one(x, row, column);
+  __device__ Run operator()(std::int64_t row, std::int64_t column, int count) const {
+    return load_run(x, row, column, count);
   }
 };
 
@@ -69,8 +70,8 @@ void add_bias(const Matrix& x, const Matrix& bias, const Matrix& y, MatrixSize s
 }
 
 void bias_gradient(const Matrix& dy, const Matrix& dbias, bool accumulate, MatrixSize size,
-                   void* stream) {
-  launch_column_sums("bias_gradient", Element{dy}, size, dbias, accumulate, stream);
+                   float* partial, void* stream) {
+  launch_column_sums("bias_gradient", Elements{dy}, size, dbias, accumulate, partial, stream);
 }
 
 }  // namespace reprise::kernels::cuda

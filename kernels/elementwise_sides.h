@@ -20,7 +20,8 @@ void mul(const Matrix& x, const Matrix& r, const Matrix& y, bool accumulate, Mat
 void scale(const Matrix& x, float factor, const Matrix& y, bool accumulate, MatrixSize size,
            void* stream);
 void add_bias(const Matrix& x, const Matrix& bias, const Matrix& y, MatrixSize size, void* stream);
+// `partial`: workspace of column_sum_elements(size).
 void bias_gradient(const Matrix& dy, const Matrix& dbias, bool accumulate, MatrixSize size,
-                   void* stream);
+                   float* partial, void* stream);
 
 }  // namespace reprise::kernels::cuda

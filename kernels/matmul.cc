@@ -5,6 +5,7 @@
 #include "core/cuda_device.h"
 #include "core/parallel.h"
 #include "kernels/accumulate.h"
+#include "kernels/column_sums_workspace.h"
 #include "kernels/dispatch.h"
 #include "kernels/elementwise_sides.h"
 #include "kernels/matmul_sides.h"
@@ -183,15 +184,16 @@ void column_sums(const Tensor& x, const Tensor& sums, bool accumulate) {
   expect_shape("column_sums", "sums", sums, Shape{x.shape().back()}, "[N]");
   expect_device("column_sums", "sums", sums, x.device());
   expect_contiguous("column_sums", "sums", sums);
+  [[maybe_unused]] const MatrixSize size{x.shape().rows(), sums.numel()};
+  const Tensor partial = column_sum_workspace(size, x.device());
   if (x.is_meta() || sums.numel() == 0) {
     return;
   }
   if (x.device().kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(
-        "column_sums",
-        cuda::bias_gradient({x.numel() == 0 ? nullptr : x.raw(), x.dtype(), stride},
-                            {sums.raw(), sums.dtype(), sums.numel()}, accumulate,
-                            {x.shape().rows(), sums.numel()}, cuda_stream(x.device())));
+    REPRISE_CUDA_SIDE("column_sums",
+                      cuda::bias_gradient({x.numel() == 0 ? nullptr : x.raw(), x.dtype(), stride},
+                                          {sums.raw(), sums.dtype(), sums.numel()}, accumulate,
+                                          size, partial.data<float>(), cuda_stream(x.device())));
     return;
   }
   cpu::column_sums(x.dtype(), x.numel() == 0 ? nullptr : x.raw(), x.shape().rows(), sums.numel(),

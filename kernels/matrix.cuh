@@ -138,42 +138,4 @@ void launch_runs(const char* name, F f, MatrixSize size, void* stream) {
   }
 }
 
-inline constexpr int kSumWidth = 16, kSumGroups = 32;
-
-// Each of 32 threads a column adds every 32nd row, then their sums are added in order.
-template <class F>
-__global__ void __launch_bounds__(kSumWidth* kSumGroups)
-    column_sums_kernel(F f, MatrixSize size, Matrix sums, bool accumulate) {
-  __shared__ float of_group[kSumGroups][kSumWidth];
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumWidth + threadIdx.x;
-  float total = 0.0f;
-  if (column < size.width) {
-#pragma unroll 4
-    for (std::int64_t row = threadIdx.y; row < size.rows; row += kSumGroups) {
-      total += f(row, column);
-    }
-  }
-  of_group[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y == 0 && column < size.width) {
-    total = 0.0f;
-    for (int group = 0; group < kSumGroups; ++group) {
-      total += of_group[group][threadIdx.x];
-    }
-    store_one(sums, 0, column, total, accumulate);
-  }
-}
-
-// sums [width] (+)= the sums over the rows of f(row, column).
-template <class F>
-void launch_column_sums(const char* name, F f, MatrixSize size, const Matrix& sums, bool accumulate,
-                        void* stream) {
-  const std::int64_t blocks = (size.width + kSumWidth - 1) / kSumWidth;
-  if (blocks > 0) {
-    launch(name, column_sums_kernel<F>,
-           {dim3(static_cast<unsigned>(blocks)), dim3(kSumWidth, kSumGroups)},
-           static_cast<cudaStream_t>(stream), f, size, sums, accumulate);
-  }
-}
-
 }  // namespace reprise::kernels::cuda

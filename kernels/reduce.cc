@@ -38,6 +38,14 @@ Elements whole(const Tensor& x) {
   return {count == 0 ? nullptr : x.raw(), x.dtype(), count, count, count};
 }
 
+[[maybe_unused]] std::vector<Elements> all_whole(std::span<const Tensor> tensors) {
+  std::vector<Elements> all;
+  for (const Tensor& x : tensors) {
+    all.push_back(whole(x));
+  }
+  return all;
+}
+
 void expect_result(std::string_view operation, const Tensor& out, const Shape& shape,
                    std::string_view letters, Device device) {
   if (out.dtype() != DType::f32 && out.dtype() != DType::f64) {
@@ -178,13 +186,9 @@ void squared_norms(std::span<const Tensor> tensors, const Tensor& out) {
   }
   double* sums = firsts.back() == 0 ? nullptr : partial.data<double>();
   if (device.kind == DeviceKind::cuda) {
-    for (std::size_t j = 0; j < tensors.size(); ++j) {
-      REPRISE_CUDA_SIDE(
-          "squared_norms",
-          cuda::reduce(whole(tensors[j]), true, 1.0, sums == nullptr ? nullptr : sums + firsts[j],
-                       out.dtype(), static_cast<char*>(out.raw()) + j * size_bytes(out.dtype()),
-                       cuda_stream(device)));
-    }
+    REPRISE_CUDA_SIDE("squared_norms",
+                      cuda::squared_norms(all_whole(tensors), sums, out.dtype(),
+                                          count == 0 ? nullptr : out.raw(), cuda_stream(device)));
     return;
   }
   for_chunks(tensors, firsts,
@@ -207,13 +211,8 @@ void scale_all(std::span<const Tensor> tensors, double factor) {
     return;
   }
   if (tensors[0].device().kind == DeviceKind::cuda) {
-    for (const Tensor& x : tensors) {
-      if (x.numel() > 0) {
-        REPRISE_CUDA_SIDE("scale_all",
-                          cuda::scale_all(x.dtype(), x.raw(), x.numel(), static_cast<float>(factor),
-                                          cuda_stream(x.device())));
-      }
-    }
+    REPRISE_CUDA_SIDE("scale_all", cuda::scale_all(all_whole(tensors), static_cast<float>(factor),
+                                                   cuda_stream(tensors[0].device())));
     return;
   }
   for_chunks(tensors, firsts,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "core/dtype.h"
 #include "kernels/reduce_blocks.h"
@@ -39,8 +40,11 @@ void add_constant(DType dtype, void* dx, std::int64_t count, const float* g, dou
 // y [count] = or += factor * g * x.
 void add_scaled(const Elements& x, const float* g, double factor, DType y_dtype, void* y,
                 bool accumulate, void* stream);
-// x *= factor.
-void scale_all(DType dtype, void* x, std::int64_t count, float factor, void* stream);
+// out[i] = the sum of the squares of tensors[i]; `partial` as in reduce, of all tensors in order.
+void squared_norms(std::span<const Elements> tensors, double* partial, DType out_dtype, void* out,
+                   void* stream);
+// x *= factor, for each.
+void scale_all(std::span<const Elements> tensors, float factor, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

@@ -3,6 +3,7 @@
 #include <string_view>
 
 #include "core/cuda_device.h"
+#include "kernels/column_sums_workspace.h"
 #include "kernels/matrix.h"
 #include "kernels/scaling_sides.h"
 
@@ -79,15 +80,14 @@ void scale_by_gradient(Factors factors, const Tensor& x, const Tensor& dy, const
   const Matrix to = factors_of(factors, "dv", dv, x);
   const Matrix from = matrix(operation, "x", x), gradient = matrix(operation, "dy", dy);
   const MatrixSize size = size_of(x);
-  Tensor partial;
-  if (factors != Factors::columns) {
-    partial = Tensor::empty({size.rows, dot_pieces(size.width)}, DType::f32, x.device(),
-                            MemoryKind::workspace);
-  }
+  const Tensor partial = factors == Factors::columns
+                             ? column_sum_workspace(size, x.device())
+                             : Tensor::empty({size.rows, dot_pieces(size.width)}, DType::f32,
+                                             x.device(), MemoryKind::workspace);
   if (x.is_meta() || dv.numel() == 0) {
     return;
   }
-  const bool pieces = partial.defined() && partial.numel() > 0;
+  const bool pieces = partial.numel() > 0;
   const DotCall call{.x = from,
                      .dy = gradient,
                      .dv = to,

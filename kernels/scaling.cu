@@ -1,3 +1,4 @@
+#include "kernels/column_sums.cuh"
 #include "kernels/matrix.cuh"
 #include "kernels/scaling_sides.h"
 
@@ -29,8 +30,14 @@ struct ScaleBy {
 
 struct Product {
   Matrix x, dy;
-  __device__ float operator()(std::int64_t row, std::int64_t column) const {
-    return load_one(x, row, column) * load_one(dy, row, column);
+  __device__ Run operator()(std::int64_t row, std::int64_t column, int count) const {
+    Run run = load_run(x, row, column, count);
+    const Run other = load_run(dy, row, column, count);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      run.at[i] *= other.at[i];
+    }
+    return run;
   }
 };
 
@@ -110,7 +117,7 @@ void scale_by(const Matrix& x, const Matrix& v, FactorSteps steps, const Matrix&
 
 void column_dots(const DotCall& call, void* stream) {
   launch_column_sums("column_dots", Product{call.x, call.dy}, call.size, call.dv, call.accumulate,
-                     stream);
+                     call.partial, stream);
 }
 
 void row_dots(const DotCall& call, void* stream) {

@@ -20,7 +20,7 @@ struct DotCall {
   Matrix x, dy, dv;
   MatrixSize size;
   bool accumulate;
-  float* partial;  // workspace [rows, dot_pieces(width)]
+  float* partial;  // workspace [rows, dot_pieces(width)]; of column_dots on CUDA: column_sums.h
 };
 
 namespace cpu {

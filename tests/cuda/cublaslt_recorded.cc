@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "core/dtype.h"
 #include "core/error.h"
 
@@ -44,7 +45,8 @@ float elapsed = 0;  // of the candidates run since the last event
 namespace reprise {
 void cuda_check(const char* operation, int status) {
   if (status != 0) {
-    fail(operation, "CUDA: status {}", status);
+    const std::string advice = cuda_advice(status);
+    fail(operation, "CUDA: status {}{}{}", status, advice.empty() ? "" : ": ", advice);
   }
 }
 }  // namespace reprise

@@ -9,6 +9,7 @@
 
 #include <gtest/gtest.h>
 
+#include "core/cuda_errors.h"
 #include "core/error.h"
 #include "kernels/matmul_choices.h"
 #include "kernels/matmul_sides.h"
@@ -206,6 +207,19 @@ TEST(MatmulSearch, TheFastestIsKeptInTheFile) {
   EXPECT_NE(cuda::matmul_choices_warning().find("the library does not take the choice for m2 n3"),
             std::string::npos);
   std::filesystem::remove(file);
+}
+
+TEST(Launch, AFailureNamesKernelAndSizes) {
+  const LaunchSizes sizes{{7, 2, 1}, {256, 1, 1}, 1024};
+  const std::string as =
+      ", launched as [7, 2, 1] blocks of [256, 1, 1] threads with 1024 bytes of shared memory";
+  EXPECT_EQ(message_of([&] { fail_launch("rms_norm", sizes, false, 9); }),
+            "[rms_norm] CUDA: status 9" + as);
+  // Somebody else's fault, that this launch only met; in checked mode its own.
+  const std::string met = message_of([&] { fail_launch("rms_norm", sizes, false, 700); });
+  EXPECT_NE(met.find("a kernel that was started earlier made it"), std::string::npos) << met;
+  EXPECT_EQ(message_of([&] { fail_launch("rms_norm", sizes, true, 700); }),
+            "[rms_norm] CUDA: status 700" + as);
 }
 
 class MatmulChoicesFile : public ::testing::Test {

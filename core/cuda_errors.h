@@ -1,0 +1,30 @@
+// What an error of the CUDA runtime means to whoever sees it, by its number: nothing here needs a
+// CUDA header, a driver or a device.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace reprise {
+
+// What to do about a status, to stand behind the runtime's own text; empty: nothing to add.
+std::string cuda_advice(int status);
+
+// Throws Error where the kernels of a build, for 8.x and 9.0, do not run on the card.
+void expect_capability(std::string_view device, std::string_view card, int major, int minor);
+
+// REPRISE_CUDA_CHECKED=1: every launch is waited for, so that a fault is found at the kernel that
+// made it.
+bool cuda_checked();
+
+struct LaunchSizes {
+  std::uint32_t grid[3], block[3];
+  std::uint64_t shared_bytes;
+};
+// Throws Error with the runtime's text, the kernel and its sizes. `finished`: the launch went well,
+// the kernel did not.
+[[noreturn]] void fail_launch(const char* kernel, const LaunchSizes& sizes, bool finished,
+                              int status);
+
+}  // namespace reprise

@@ -1,0 +1,93 @@
+#include "core/cuda_errors.h"
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "core/allocator.h"
+#include "core/cuda_device.h"
+#include "core/error.h"
+
+namespace reprise {
+namespace {
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(CudaErrors, AdviceForWhatAUserCanMend) {
+  EXPECT_NE(cuda_advice(35).find("install NVIDIA's driver"), std::string::npos);
+  EXPECT_NE(cuda_advice(100).find("CUDA_VISIBLE_DEVICES"), std::string::npos);
+  EXPECT_NE(cuda_advice(209).find("compute capability 8.x and 9.0"), std::string::npos);
+  EXPECT_NE(cuda_advice(700).find("REPRISE_CUDA_CHECKED=1 names the kernel"), std::string::npos);
+  EXPECT_EQ(cuda_advice(0), "");
+  EXPECT_EQ(cuda_advice(2), "");
+}
+
+TEST(CudaErrors, CardsOfThisBuild) {
+  const auto says = [](int major, int minor) {
+    return message_of([&] { expect_capability("cuda:0", "NVIDIA T4", major, minor); });
+  };
+  EXPECT_EQ(says(8, 0), "no error");
+  EXPECT_EQ(says(8, 9), "no error");
+  EXPECT_EQ(says(9, 0), "no error");
+  EXPECT_EQ(says(7, 5),
+            "[cuda] cuda:0 (NVIDIA T4) has compute capability 7.5, this build has kernels for 8.x "
+            "and 9.0: the card is too old");
+  EXPECT_EQ(says(12, 0),
+            "[cuda] cuda:0 (NVIDIA T4) has compute capability 12.0, this build has kernels for 8.x "
+            "and 9.0: add it to CMAKE_CUDA_ARCHITECTURES");
+}
+
+TEST(CudaErrors, WithoutCudaWhatToInstall) {
+  if (cuda_device_count() > 0) {
+    GTEST_SKIP() << "there is a device";
+  }
+  const std::string text = message_of([] { cuda_allocator({DeviceKind::cuda, 0}); });
+  EXPECT_TRUE(text.find("install the CUDA toolkit") != std::string::npos ||
+              text.find("install NVIDIA's driver") != std::string::npos ||
+              text.find("nvidia-smi -L") != std::string::npos)
+      << text;
+}
+
+class Little final : public MemorySource {
+ public:
+  void* allocate(std::size_t bytes) override {
+    if (bytes > 1000) {
+      fail("cuda", "no memory for {} bytes on cuda:0", bytes);
+    }
+    return block_;
+  }
+  void free(void*, std::size_t) noexcept override {}
+
+ private:
+  alignas(64) char block_[1000];
+};
+
+TEST(CudaErrors, OutOfMemorySaysWhoHoldsWhat) {
+  Allocator allocator({DeviceKind::cuda, 0}, std::make_unique<Little>());
+  std::uint32_t segment = 0, unnamed = 0;
+  void* const weights = allocator.allocate(700, MemoryKind::parameters, true, unnamed);
+  allocator.set_segment("block.3");
+  void* const values = allocator.allocate(200, MemoryKind::saved, true, segment);
+  EXPECT_EQ(message_of([&] {
+              std::uint32_t none = 0;
+              allocator.allocate(5000, MemoryKind::activations, true, none);
+            }),
+            "[cuda] no memory for 5000 bytes on cuda:0; wanted as activations in block.3; held are "
+            "900 bytes: parameters 700, saved 200; segments: block.3 200; policies that keep less "
+            "share 200 of them, `reprise memory` says which one fits");
+  EXPECT_EQ(allocator.report().live_bytes, 900);
+  allocator.free(values, 200, MemoryKind::saved, segment);
+  allocator.free(weights, 700, MemoryKind::parameters, unnamed);
+}
+
+}  // namespace
+}  // namespace reprise
