@@ -29,6 +29,19 @@ void divide(const Tensor& data, double divisor) {
   }
 }
 
+double divisor_of(const ReducerOptions& options, std::int64_t tokens, int live, int ranks) {
+  if (options.divisor != 0) {
+    return options.divisor;
+  }
+  if (options.mean == Mean::tokens) {
+    return static_cast<double>(std::max<std::int64_t>(1, tokens));
+  }
+  if (options.shards > 0) {
+    return options.shards;
+  }
+  return options.divide_by_live ? live : ranks;
+}
+
 void expect_compatible(const ReducerOptions& options, int ranks) {
   if (options.shards < 0 || options.shards % ranks != 0) {
     fail("reducer", "shards must be a multiple of the {} ranks, got {}", ranks, options.shards);

@@ -1,5 +1,6 @@
 #include "distributed/processes.h"
 
+#include <cerrno>
 #include <charconv>
 #include <csignal>
 #include <cstdio>
@@ -129,6 +130,17 @@ std::string stopped_siblings() {
         fmt::format("{}rank {} (pid {}) is stopped", text.empty() ? "" : ", ", rank_of(pid), pid);
   }
   return text.empty() ? "no rank of this machine is stopped; one has not come so far" : text;
+}
+
+void become(const std::string& program, std::vector<std::string> arguments) {
+  std::vector<char*> words{const_cast<char*>(program.c_str())};
+  for (std::string& argument : arguments) {
+    words.push_back(argument.data());
+  }
+  words.push_back(nullptr);
+  execv(program.c_str(), words.data());
+  std::fprintf(stderr, "reprise: cannot run %s: %s\n", program.c_str(), std::strerror(errno));
+  _exit(127);
 }
 
 void leave_reaper(const ProcessHandle& process, std::chrono::milliseconds patience) {

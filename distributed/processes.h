@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <string>
+#include <vector>
 
 #include <sys/types.h>
 
@@ -40,6 +41,10 @@ pid_t launcher_pid();
 // Of the processes that this one's launcher started, those that are stopped, with their ranks as
 // the launcher's variables say: "rank 1 (pid 12) is stopped"; or that nothing is known.
 std::string stopped_siblings();
+
+// Becomes `program` with these arguments; says why to standard error and exits with 127 where it
+// cannot.
+[[noreturn]] void become(const std::string& program, std::vector<std::string> arguments);
 
 // A process of its own that outlives this one and kills `process` unless it ends within `patience`;
 // it ends with it. For a launcher that waits for ever for a machine that does not answer.

@@ -309,16 +309,7 @@ void Reducer::launch(std::size_t b) {
 }
 
 double Reducer::divisor() const {
-  if (options_.divisor != 0) {
-    return options_.divisor;
-  }
-  if (options_.mean == Mean::tokens) {
-    return static_cast<double>(std::max<std::int64_t>(1, tokens_));
-  }
-  if (options_.shards > 0) {
-    return options_.shards;
-  }
-  return options_.divide_by_live ? live_ : communicator_.size();
+  return divisor_of(options_, tokens_, live_, communicator_.size());
 }
 
 void Reducer::settle(std::size_t b) {

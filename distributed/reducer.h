@@ -218,9 +218,8 @@ class Reducer {
   void store_shard();
   void launch_shards(std::size_t b);
   void settle_shards(std::size_t b);
-  std::vector<ShardNode> nodes_of(int rank) const;
-  int shards_per_rank() const { return options_.shards / communicator_.size(); }
-  int next_shard() const { return communicator_.rank() * shards_per_rank() + shards_done_; }
+  ShardPlaces shard_places() const { return {options_.shards, communicator_.size()}; }
+  int next_shard() const { return shard_places().shard(communicator_.rank(), shards_done_); }
 
   // reducer_agreement.cc
   void start_agreement(bool done);

@@ -1,6 +1,6 @@
 // Micro-batches that are shards of a global batch.
 #include <algorithm>
-#include <bit>
+#include <utility>
 
 #include "distributed/reducer.h"
 
@@ -10,12 +10,7 @@ void Reducer::expect_shard(bool last) const {
   if (options_.shards == 0) {
     return;
   }
-  if (last != (shards_done_ + 1 == shards_per_rank())) {
-    fail("reducer",
-         "a rank has {} of {} shards: accumulate() for all but the last, backward() for that; this "
-         "is {}() for shard {}",
-         shards_per_rank(), options_.shards, last ? "backward" : "accumulate", shards_done_ + 1);
-  }
+  shard_places().expect_turn("reducer", shards_done_, last);
   for (const Parameter* p : parameters_) {
     if (p->trainable() && p->has_gradient()) {
       fail("reducer", "with shards gradients must be zeroed before a step: {} has one", p->name());
@@ -52,54 +47,26 @@ void Reducer::store_shard() {
   ++shards_done_;
 }
 
-std::vector<ShardNode> Reducer::nodes_of(int rank) const {
-  return shard_nodes(rank * shards_per_rank(), (rank + 1) * shards_per_rank());
-}
-
 void Reducer::launch_shards(std::size_t b) {
   BucketState& bucket = bucket_states_[b];
   const Tag tag{"gradients", static_cast<int>(b)};
   const std::size_t taken = shard_sums_.complete(next_shard(), b, bucket.data);
-  if (std::has_single_bit(static_cast<unsigned>(shards_per_rank()))) {
+  if (shard_places().one_node_each()) {
     bucket.pending = communicator_.all_reduce(bucket.data, Reduce::sum, tag);
     return;
   }
-  std::size_t rows = 0;  // the same on all ranks
-  for (int r = 0; r < communicator_.size(); ++r) {
-    rows = std::max(rows, nodes_of(r).size());
-  }
-  const auto& sums = shard_sums_.sums();
-  const auto row_count = static_cast<std::int64_t>(rows);
-  bucket.sent =
-      Tensor::zeros({row_count, bucket.data.numel()}, DType::f32, cpu, MemoryKind::communication);
-  bucket.gathered = Tensor::empty({row_count * communicator_.size(), bucket.data.numel()},
-                                  DType::f32, cpu, MemoryKind::communication);
-  const auto left = static_cast<std::int64_t>(sums.size() - taken);
-  for (std::int64_t i = 0; i <= left; ++i) {
-    const Tensor row = bucket.sent.slice(0, i, i + 1).reshape(bucket.data.shape());
-    row.copy_from(i < left ? sums[static_cast<std::size_t>(i)].set[b] : bucket.data);
-  }
+  NodeRows rows = shard_sums_.rows(shard_places(), taken, b, bucket.data);
+  bucket.sent = std::move(rows.sent);
+  bucket.gathered = std::move(rows.received);
   gathered_bytes_ = std::max(gathered_bytes_, bucket.sent.bytes() + bucket.gathered.bytes());
   bucket.pending = communicator_.all_gather(bucket.sent, bucket.gathered, tag);
 }
 
 void Reducer::settle_shards(std::size_t b) {
   BucketState& bucket = bucket_states_[b];
-  if (!bucket.gathered.defined()) {
-    return;
+  if (bucket.gathered.defined()) {
+    finish_shard_tree(shard_places(), {bucket.sent, bucket.gathered}, 0, bucket.data);
   }
-  const std::int64_t rows = bucket.sent.size(0);
-  std::vector<ShardNode> where;
-  std::vector<Tensor> nodes;
-  for (int r = 0; r < communicator_.size(); ++r) {
-    std::int64_t row = r * rows;
-    for (const ShardNode& node : nodes_of(r)) {
-      where.push_back(node);
-      nodes.push_back(bucket.gathered.slice(0, row, row + 1).reshape(bucket.data.shape()));
-      ++row;
-    }
-  }
-  finish_shard_tree(where, nodes, options_.shards, bucket.data);
 }
 
 std::int64_t Reducer::shard_bytes() const {

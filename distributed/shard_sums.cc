@@ -1,5 +1,6 @@
 #include "distributed/shard_sums.h"
 
+#include <algorithm>
 #include <bit>
 #include <utility>
 
@@ -62,6 +63,42 @@ void finish_shard_tree(std::span<const ShardNode> where, std::span<const Tensor>
   }
 }
 
+std::vector<ShardNode> ShardPlaces::nodes_of(int rank) const {
+  return shard_nodes(shard(rank, 0), shard(rank, each()));
+}
+
+bool ShardPlaces::one_node_each() const {
+  return std::has_single_bit(static_cast<unsigned>(each()));
+}
+
+void ShardPlaces::expect_turn(std::string_view who, int done, bool last) const {
+  if (last != (done + 1 == each())) {
+    fail(who,
+         "a rank has {} of {} shards: accumulate() for all but the last, backward() for that; this "
+         "is {}() for shard {}",
+         each(), shards, last ? "backward" : "accumulate", done + 1);
+  }
+}
+
+void finish_shard_tree(const ShardPlaces& places, const NodeRows& rows, std::int64_t first,
+                       const Tensor& out) {
+  const std::int64_t numel = rows.received.size(1);
+  std::vector<ShardNode> where;
+  std::vector<Tensor> nodes;
+  for (int r = 0; r < places.ranks; ++r) {
+    std::int64_t row = r * rows.sent.size(0);
+    for (const ShardNode& node : places.nodes_of(r)) {
+      where.push_back(node);
+      nodes.push_back(rows.received.slice(0, row, row + 1)
+                          .reshape({numel})
+                          .slice(0, first, first + out.numel())
+                          .reshape(out.shape()));
+      ++row;
+    }
+  }
+  finish_shard_tree(where, nodes, places.shards, out);
+}
+
 void ShardSums::push(int shard, std::vector<Tensor> set) {
   ShardNode node{shard, 1};
   while (!sums_.empty() && are_halves(sums_.back().node, node)) {
@@ -85,6 +122,26 @@ std::size_t ShardSums::complete(int shard, std::size_t bucket, const Tensor& las
     node = {left.node.first, 2 * node.count};
   }
   return taken;
+}
+
+NodeRows ShardSums::rows(const ShardPlaces& places, std::size_t taken, std::size_t bucket,
+                         const Tensor& last) const {
+  std::size_t most = 0;  // the same on all ranks
+  for (int r = 0; r < places.ranks; ++r) {
+    most = std::max(most, places.nodes_of(r).size());
+  }
+  const auto count = static_cast<std::int64_t>(most);
+  const Device device = last.device();
+  NodeRows rows;
+  rows.sent = Tensor::zeros({count, last.numel()}, DType::f32, device, MemoryKind::communication);
+  rows.received = Tensor::empty({count * places.ranks, last.numel()}, DType::f32, device,
+                                MemoryKind::communication);
+  const auto left = static_cast<std::int64_t>(sums_.size() - taken);
+  for (std::int64_t i = 0; i <= left; ++i) {
+    const Tensor row = rows.sent.slice(0, i, i + 1).reshape(last.shape());
+    row.copy_from(i < left ? sums_[static_cast<std::size_t>(i)].set[bucket] : last);
+  }
+  return rows;
 }
 
 std::vector<Tensor> ShardSums::take_free() {

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "core/tensor.h"
@@ -34,6 +35,31 @@ std::vector<ShardNode> shard_nodes(int first, int last);
 void finish_shard_tree(std::span<const ShardNode> where, std::span<const Tensor> nodes, int shards,
                        const Tensor& out);
 
+// How the shards of a batch lie on ranks: rank r has [r * each(), (r + 1) * each()).
+struct ShardPlaces {
+  int shards = 0, ranks = 1;
+
+  int each() const { return shards / ranks; }
+  // Number `done` of a rank's own.
+  int shard(int rank, int done) const { return rank * each() + done; }
+  std::vector<ShardNode> nodes_of(int rank) const;
+  // Whether every rank's shards make one node, so that the tree over ranks goes on.
+  bool one_node_each() const;
+  // Throws Error in the name of `who` when the sweep after `done` shards is of the wrong kind:
+  // backward() is for the last of a rank's, accumulate() for those before.
+  void expect_turn(std::string_view who, int done, bool last) const;
+};
+
+// What travels where a rank's shards make several nodes: its own, a row each, and those of all
+// ranks, as many rows each (the most that one has).
+struct NodeRows {
+  Tensor sent, received;  // f32 [rows, numel], [rows * ranks, numel]
+};
+
+// out = elements [first, first + out.numel()) of the sum of all shards. The rows are overwritten.
+void finish_shard_tree(const ShardPlaces& places, const NodeRows& rows, std::int64_t first,
+                       const Tensor& out);
+
 // The partial sums of one rank. A set is one tensor a bucket, f32.
 class ShardSums {
  public:
@@ -45,9 +71,12 @@ class ShardSums {
   // The next sum of the rank's, a single shard: takes the tensors, adds up what makes a node.
   void push(int shard, std::vector<Tensor> set);
   // `last`, bucket b of the last shard, becomes the sum of the largest node that it completes.
-  // Returns how many of sums() are part of it now.
+  // Returns how many of the sums are part of it now.
   std::size_t complete(int shard, std::size_t bucket, const Tensor& last) const;
-  const std::vector<Sum>& sums() const { return sums_; }
+  // For what complete() made of `last`, which has taken `taken` of the sums: this rank's rows,
+  // filled, and place for all.
+  NodeRows rows(const ShardPlaces& places, std::size_t taken, std::size_t bucket,
+                const Tensor& last) const;
   // A set that was added to another, for the next sweep; empty when there is none.
   std::vector<Tensor> take_free();
   // Keeps the memory for the next step.

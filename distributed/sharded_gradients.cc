@@ -199,16 +199,7 @@ bool ShardedGradients::used_anywhere(std::size_t unit) const {
 }
 
 double ShardedGradients::divisor() const {
-  if (options_.divisor != 0) {
-    return options_.divisor;
-  }
-  if (options_.mean == Mean::tokens) {
-    return static_cast<double>(std::max<std::int64_t>(1, tokens_));
-  }
-  if (options_.shards > 0) {
-    return options_.shards;
-  }
-  return options_.divide_by_live ? live_ : communicator_.size();
+  return divisor_of(options_, tokens_, live_, communicator_.size());
 }
 
 void ShardedGradients::ready(const Parameter& p) {

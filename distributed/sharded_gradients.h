@@ -91,9 +91,8 @@ class ShardedGradients {
   void store_shard();
   void send_nodes(std::size_t unit);
   void settle_nodes(std::size_t unit);
-  std::vector<ShardNode> nodes_of(int rank) const;
-  int shards_per_rank() const { return options_.shards / communicator_.size(); }
-  int next_shard() const { return communicator_.rank() * shards_per_rank() + shards_done_; }
+  ShardPlaces shard_places() const { return {options_.shards, communicator_.size()}; }
+  int next_shard() const { return shard_places().shard(communicator_.rank(), shards_done_); }
   double divisor() const;
   bool used_anywhere(std::size_t unit) const;
   void drop(std::size_t unit);

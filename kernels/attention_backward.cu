@@ -88,11 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kWidth <= 64 ? 2 : 1)
   float* const v = k + Tile::kColumns * Tile::kStride;
   float* const weights = v + Tile::kColumns * Tile::kStride;
   const int D = static_cast<int>(call.D);
-  const std::int64_t tiles = (call.T + Tile::kRows - 1) / Tile::kRows;
-  const BlockPlace place = block_place(tiles, call.H);
-  // The last queries first: with causality they take longest.
-  const std::int64_t first = (tiles - 1 - place.tile) * Tile::kRows;
-  const int count = least(call.T - first, Tile::kRows);
+  const auto [place, first, count, begin, end] = query_tile<Tile>(call);
   const std::int64_t group = place.head / (call.H / call.K);
   const HeadRows<T> keys = head_rows<T>(call.k, place.b, group);
   const HeadRows<T> values = head_rows<T>(call.v, place.b, group);
@@ -103,9 +99,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kWidth <= 64 ? 2 : 1)
                                        count, D);
   const QueryRows<Tile> rows = query_rows<Tile>(with, place.b, place.head, first);
   HeadSums<Tile> sums = {};
-  // A block of random words belongs to 4 keys.
-  const int begin = static_cast<int>(call.visibility.keys(place.b, first).begin) / 4 * 4;
-  const int end = static_cast<int>(call.visibility.keys(place.b, first + count - 1).end);
   const bool works = Tile::row() < count;
   for (int key = begin; key < end; key += Tile::kColumns) {
     const int width = least(end - key, Tile::kColumns);

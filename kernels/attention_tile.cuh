@@ -257,6 +257,25 @@ __device__ __forceinline__ BlockPlace block_place(std::int64_t tiles, std::int64
   const std::int64_t row = blockIdx.x / tiles;
   return {blockIdx.x - row * tiles, row % heads, row / heads};
 }
+
+// A tile of queries and the keys [begin, end) that any of them may see.
+struct QueryTile {
+  BlockPlace place;
+  std::int64_t first;
+  int count, begin, end;
+};
+template <class Tile>
+__device__ __forceinline__ QueryTile query_tile(const AttentionCall& call) {
+  const std::int64_t tiles = (call.T + Tile::kRows - 1) / Tile::kRows;
+  const BlockPlace place = block_place(tiles, call.H);
+  // The last queries first: with causality they take longest.
+  const std::int64_t first = (tiles - 1 - place.tile) * Tile::kRows;
+  const int count = least(call.T - first, Tile::kRows);
+  // A block of random words belongs to 4 keys.
+  return {place, first, count, static_cast<int>(call.visibility.keys(place.b, first).begin) / 4 * 4,
+          static_cast<int>(call.visibility.keys(place.b, first + count - 1).end)};
+}
+
 inline std::int64_t tiles_of(std::int64_t tokens, std::int64_t rows) {
   return (tokens + rows - 1) / rows;
 }

@@ -31,8 +31,9 @@ constexpr std::chrono::milliseconds kLastWords(3000);
 constexpr std::chrono::milliseconds kLauncherPatience(2000);
 // Beyond the watchdog's limit, for the other ranks to speak first.
 constexpr std::chrono::milliseconds kOthersFirst(5000);
+constexpr std::chrono::milliseconds kBetweenLooks(500);
 // Time in which this process did not run itself is not held against its rank.
-constexpr std::chrono::milliseconds kLongestTurn(200);
+constexpr std::chrono::milliseconds kLongestTurn(1000);
 
 class Guard {
  public:
@@ -84,16 +85,7 @@ class Guard {
     }
     sigprocmask(SIG_SETMASK, &before_, nullptr);
     setenv("REPRISE_GUARD", "rank", 1);
-    std::vector<std::string> words{program};
-    words.insert(words.end(), arguments.begin(), arguments.end());
-    std::vector<char*> pointers;
-    for (std::string& word : words) {
-      pointers.push_back(word.data());
-    }
-    pointers.push_back(nullptr);
-    execv(program.c_str(), pointers.data());
-    std::fprintf(stderr, "reprise: cannot run %s: %s\n", program.c_str(), std::strerror(errno));
-    _exit(127);
+    distributed::become(program, arguments);
   }
 
   bool reap() {
@@ -128,6 +120,9 @@ class Guard {
 
   void look_at_rank() {
     const Clock::time_point now = Clock::now();
+    if (now - looked_at_ < kBetweenLooks) {
+      return;
+    }
     const auto turn = std::min<Clock::duration>(now - looked_at_, kLongestTurn);
     looked_at_ = now;
     if (ended_ || distributed::process_state(child_) != 'T') {

@@ -54,17 +54,9 @@ using Clock = std::chrono::steady_clock;
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
   }
-  std::vector<std::string> words{mpirun,      "-n",   std::to_string(launch.ranks),
-                                 "--bind-to", "none", self};
-  words.insert(words.end(), launch.arguments.begin(), launch.arguments.end());
-  std::vector<char*> arguments;
-  for (std::string& word : words) {
-    arguments.push_back(word.data());
-  }
-  arguments.push_back(nullptr);
-  execv(mpirun.c_str(), arguments.data());
-  std::fprintf(stderr, "reprise: cannot run %s: %s\n", mpirun.c_str(), std::strerror(errno));
-  _exit(127);
+  std::vector<std::string> arguments{"-n", std::to_string(launch.ranks), "--bind-to", "none", self};
+  arguments.insert(arguments.end(), launch.arguments.begin(), launch.arguments.end());
+  distributed::become(mpirun, std::move(arguments));
 }
 
 // Processes whose parent is this one; those of a dead mpirun are adopted.

@@ -28,6 +28,16 @@ std::vector<std::vector<StepResult>> run(const RankProgram& program) {
   return results;
 }
 
+// Every rank gets what one process does, which becomes `expected`.
+void run_as_one_process(const RankProgram& program, std::vector<StepResult>& expected) {
+  expected = expected_of(program);
+  std::vector<std::vector<StepResult>> results;
+  ASSERT_NO_THROW(results = run(program));
+  for (const std::vector<StepResult>& rank : results) {
+    ASSERT_EQ(difference(rank, expected), "");
+  }
+}
+
 TEST(RandomRanks, EveryRankHasTheGradientsOfOneProcess) {
   int uneven = 0, sharded = 0, early = 0, branches = 0, tokens = 0, carried = 0, thawed = 0,
       compressed = 0;
@@ -38,12 +48,8 @@ TEST(RandomRanks, EveryRankHasTheGradientsOfOneProcess) {
       continue;
     }
     SCOPED_TRACE(program.text());
-    const std::vector<StepResult> expected = expected_of(program);
-    std::vector<std::vector<StepResult>> results;
-    ASSERT_NO_THROW(results = run(program));
-    for (const std::vector<StepResult>& rank : results) {
-      ASSERT_EQ(difference(rank, expected), "");
-    }
+    std::vector<StepResult> expected;
+    ASSERT_NO_FATAL_FAILURE(run_as_one_process(program, expected));
     const Values full = full_batch(program);
     compressed += program.options.compress;
     for (std::size_t p = 0; p < full.size() && !program.options.compress; ++p) {
@@ -86,12 +92,8 @@ TEST(RandomRanks, ShardedRunsHaveTheBitsOfOneProcess) {
       continue;
     }
     SCOPED_TRACE(program.text());
-    const std::vector<StepResult> expected = expected_of(program);
-    std::vector<std::vector<StepResult>> results;
-    ASSERT_NO_THROW(results = run(program));
-    for (const std::vector<StepResult>& rank : results) {
-      ASSERT_EQ(difference(rank, expected), "");
-    }
+    std::vector<StepResult> expected;
+    ASSERT_NO_FATAL_FAILURE(run_as_one_process(program, expected));
     const auto s = static_cast<std::size_t>(stage);
     ++by_stage[s];
     uneven[s] += program.live(program.steps - 1) < program.ranks;

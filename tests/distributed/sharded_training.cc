@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "distributed/local_world.h"
 #include "distributed/reducer.h"
 #include "distributed/sharded_folder.h"
 #include "kernels/accumulate.h"
@@ -208,6 +209,30 @@ ShardedResult train(Communicator& ranks, const ShardedRun& run) {
     EXPECT_TRUE(saved.ok()) << saved;
   }
   return result;
+}
+
+std::vector<ShardedResult> train_on(int size, const ShardedRun& run) {
+  std::vector<ShardedResult> results(static_cast<std::size_t>(size));
+  distributed::run_ranks(size, [&](distributed::Communicator& ranks) {
+    results[static_cast<std::size_t>(ranks.rank())] = train(ranks, run);
+  });
+  return results;
+}
+
+std::vector<ShardedResult> expect_every_stage_equal(int size, ShardedRun run) {
+  run.stage = 0;
+  const std::vector<ShardedResult> plain = train_on(size, run);
+  EXPECT_NE(plain[0].losses.front(), plain[0].losses.back());
+  for (int stage = 1; stage <= 3; ++stage) {
+    run.stage = stage;
+    const std::vector<ShardedResult> sharded = train_on(size, run);
+    for (std::size_t r = 0; r < sharded.size(); ++r) {
+      EXPECT_EQ(sharded[r].losses, plain[r].losses) << "stage " << stage << ", rank " << r;
+      EXPECT_EQ(sharded[r].norms, plain[r].norms) << "stage " << stage << ", rank " << r;
+      EXPECT_TRUE(sharded[r] == plain[r]) << "stage " << stage << ", rank " << r;
+    }
+  }
+  return plain;
 }
 
 }  // namespace reprise::testing

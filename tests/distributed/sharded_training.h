@@ -53,4 +53,9 @@ distributed::ForwardReads reads_of(const ShardedRun& run);
 // What one rank gets; it is to be the same on all in norms and values.
 ShardedResult train(distributed::Communicator& ranks, const ShardedRun& run);
 
+// What each of `size` ranks gets, on threads.
+std::vector<ShardedResult> train_on(int size, const ShardedRun& run);
+// Stages 1 to 3 have the bits of the run that is not sharded, which is returned.
+std::vector<ShardedResult> expect_every_stage_equal(int size, ShardedRun run);
+
 }  // namespace reprise::testing

@@ -22,29 +22,6 @@ using distributed::Mean;
 using distributed::run_ranks;
 using distributed::Sharding;
 
-std::vector<ShardedResult> train_on(int size, const ShardedRun& run) {
-  std::vector<ShardedResult> results(static_cast<std::size_t>(size));
-  run_ranks(size, [&](Communicator& ranks) {
-    results[static_cast<std::size_t>(ranks.rank())] = train(ranks, run);
-  });
-  return results;
-}
-
-std::vector<ShardedResult> expect_every_stage_equal(int size, ShardedRun run) {
-  run.stage = 0;
-  const std::vector<ShardedResult> plain = train_on(size, run);
-  for (int stage = 1; stage <= 3; ++stage) {
-    run.stage = stage;
-    const std::vector<ShardedResult> sharded = train_on(size, run);
-    for (std::size_t r = 0; r < sharded.size(); ++r) {
-      EXPECT_EQ(sharded[r].losses, plain[r].losses) << "stage " << stage << ", rank " << r;
-      EXPECT_EQ(sharded[r].norms, plain[r].norms) << "stage " << stage << ", rank " << r;
-      EXPECT_TRUE(sharded[r] == plain[r]) << "stage " << stage << ", rank " << r;
-    }
-  }
-  return plain;
-}
-
 TEST(ShardingOptions, TheMeanOverTokens) {
   ShardedRun run{.config = glm4(), .micro_batches = 2};
   const ShardedResult by_ranks = train_on(3, run)[0];

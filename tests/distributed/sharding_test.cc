@@ -26,30 +26,6 @@ using distributed::run_ranks;
 using distributed::Sharding;
 using distributed::ShardUnit;
 
-std::vector<ShardedResult> train_on(int size, const ShardedRun& run) {
-  std::vector<ShardedResult> results(static_cast<std::size_t>(size));
-  run_ranks(size, [&](Communicator& ranks) {
-    results[static_cast<std::size_t>(ranks.rank())] = train(ranks, run);
-  });
-  return results;
-}
-
-void expect_every_stage_equal(int size, ShardedRun run) {
-  run.stage = 0;
-  const std::vector<ShardedResult> plain = train_on(size, run);
-  EXPECT_NE(plain[0].losses.front(), plain[0].losses.back());
-  for (int stage = 1; stage <= 3; ++stage) {
-    run.stage = stage;
-    const std::vector<ShardedResult> sharded = train_on(size, run);
-    for (int r = 0; r < size; ++r) {
-      const auto i = static_cast<std::size_t>(r);
-      EXPECT_EQ(sharded[i].losses, plain[i].losses) << "stage " << stage << ", rank " << r;
-      EXPECT_EQ(sharded[i].norms, plain[i].norms) << "stage " << stage << ", rank " << r;
-      EXPECT_TRUE(sharded[i] == plain[i]) << "stage " << stage << ", rank " << r;
-    }
-  }
-}
-
 TEST(Sharding, EveryStageHasTheBitsOfAnUnshardedRun) {
   for (const int size : {1, 2, 3, 4}) {
     SCOPED_TRACE(size);

@@ -129,9 +129,9 @@ TEST_F(CommandLine, GradientsOfTwoPoliciesAreTheSameFile) {
 }
 
 TEST_F(CommandLine, DemoLearnsAndItsTableAgrees) {
-  const Outcome outcome = run("demo --seconds 8");
+  const Outcome outcome = run("demo --seconds 14");
   ASSERT_EQ(outcome.code, 0) << outcome.text;
-  testing::expect_demo_output(outcome.text, 8);
+  testing::expect_demo_output(outcome.text, 14);
   double before = 0, after = 0;
   ASSERT_EQ(std::sscanf(outcome.text.c_str() + outcome.text.find("Validation loss before:"),
                         "Validation loss before: %lf", &before),
@@ -140,7 +140,7 @@ TEST_F(CommandLine, DemoLearnsAndItsTableAgrees) {
                         "Validation loss after: %lf", &after),
             1);
   EXPECT_NEAR(before, 5.5, 0.5);
-  EXPECT_LT(after, before - 1.0);
+  EXPECT_LT(after, before - 1.5);
   EXPECT_NE(outcome.text.find("All gradients are bitwise equal under every policy."),
             std::string::npos);
 }
