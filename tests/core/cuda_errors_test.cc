@@ -74,19 +74,21 @@ class Little final : public MemorySource {
 TEST(CudaErrors, OutOfMemorySaysWhoHoldsWhat) {
   Allocator allocator({DeviceKind::cuda, 0}, std::make_unique<Little>());
   std::uint32_t segment = 0, unnamed = 0;
-  void* const weights = allocator.allocate(700, MemoryKind::parameters, true, unnamed);
+  std::uint64_t first = 0, second = 0;
+  void* const weights = allocator.allocate(700, MemoryKind::parameters, true, unnamed, first);
   allocator.set_segment("block.3");
-  void* const values = allocator.allocate(200, MemoryKind::saved, true, segment);
+  void* const values = allocator.allocate(200, MemoryKind::saved, true, segment, second);
   EXPECT_EQ(message_of([&] {
               std::uint32_t none = 0;
-              allocator.allocate(5000, MemoryKind::activations, true, none);
+              std::uint64_t number = 0;
+              allocator.allocate(5000, MemoryKind::activations, true, none, number);
             }),
             "[cuda] no memory for 5000 bytes on cuda:0; wanted as activations in block.3; held are "
             "900 bytes: parameters 700, saved 200; segments: block.3 200; policies that keep less "
             "share 200 of them, `reprise memory` says which one fits");
   EXPECT_EQ(allocator.report().live_bytes, 900);
-  allocator.free(values, 200, MemoryKind::saved, segment);
-  allocator.free(weights, 700, MemoryKind::parameters, unnamed);
+  allocator.free(values, 200, MemoryKind::saved, segment, second);
+  allocator.free(weights, 700, MemoryKind::parameters, unnamed, first);
 }
 
 }  // namespace

@@ -185,9 +185,10 @@ void CudaStandIn::copy(void* to, const void* from, std::size_t bytes, Stream str
                        {{from, bytes}},
                        {{to, bytes}},
                        [=, this] {
-                         std::memcpy(to, from, bytes);
-                         if (options_.copied) {
-                           options_.copied(to, bytes);
+                         if (options_.copy) {
+                           options_.copy(to, from, bytes);
+                         } else {
+                           std::memcpy(to, from, bytes);
                          }
                        },
                        {}});

@@ -29,7 +29,8 @@ class CudaStandIn final : public CudaCalls {
     // The kernels of `host_stream` (the first made) are run by the host at once: when that stream
     // is told to wait for an event, so does the host.
     bool first_stream_is_host = false;
-    std::function<void(void* to, std::size_t bytes)> copied;  // after each copy is done
+    // How bytes are copied; none: memcpy.
+    std::function<void(void* to, const void* from, std::size_t bytes)> copy;
     std::function<void(const char* call)> fault;  // may throw, before the call does anything
   };
   CudaStandIn() : CudaStandIn(Options()) {}

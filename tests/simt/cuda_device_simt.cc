@@ -92,7 +92,13 @@ Streams& cuda_streams(Device device) {
   static Streams instance([] {
     testing::CudaStandIn::Options options;
     options.first_stream_is_host = true;
-    options.copied = [](void* to, std::size_t bytes) { simt::define_memory(to, bytes); };
+    options.copy = [](void* to, const void* from, std::size_t bytes) {
+      const DeviceMemory::Access access;
+      std::memcpy(to, from, bytes);
+      if (DeviceMemory::instance().holds(to)) {
+        simt::define_memory(to, bytes);
+      }
+    };
     return std::make_shared<testing::CudaStandIn>(options);
   }());
   return instance;

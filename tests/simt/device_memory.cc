@@ -56,6 +56,10 @@ void DeviceMemory::protect(int protection) {
   }
 }
 
+bool DeviceMemory::holds(const void* at) const {
+  return at >= base_ && at < base_ + kReserved;
+}
+
 void* DeviceMemory::allocate(std::size_t bytes) {
   const std::size_t wanted = (bytes + 2 * kApart - 1) / kApart * kApart + kApart;
   const std::lock_guard lock(mutex_);

@@ -16,6 +16,7 @@ class DeviceMemory {
   // Aligned to 256 bytes, with space of nobody's around it.
   void* allocate(std::size_t bytes);
   void free(void* at) noexcept;
+  bool holds(const void* at) const;
 
   // While one lives, the memory may be touched.
   class Access {
