@@ -9,6 +9,7 @@
 #include "core/arena.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "core/step_graph.h"
 #include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
 #include "tests/simt/device_memory.h"
@@ -67,11 +68,19 @@ Allocator& cuda_allocator(Device device) {
 std::vector<Device> cuda_devices_in_use() {
   return in_use ? std::vector<Device>{{DeviceKind::cuda, 0}} : std::vector<Device>{};
 }
-void cuda_copy(void* to, Device to_device, const void* from, Device, std::size_t bytes) {
-  const DeviceMemory::Access access;
-  std::memcpy(to, from, bytes);
+void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
+               std::size_t bytes) {
+  if (!(to_device == from_device)) {
+    expect_not_capturing("cuda_copy", "the host reads or writes elements");
+  }
+  {
+    const DeviceMemory::Access access;
+    std::memcpy(to, from, bytes);
+  }
   if (to_device.kind == DeviceKind::cuda) {
     simt::define_memory(to, bytes);
+  } else {
+    throw_fault(*cuda_fault_word({DeviceKind::cuda, 0}));
   }
 }
 void cuda_zero(void* at, Device, std::size_t bytes) {
@@ -80,7 +89,18 @@ void cuda_zero(void* at, Device, std::size_t bytes) {
   simt::define_memory(at, bytes);
 }
 void cuda_synchronize(Device device) {
+  expect_not_capturing("cuda_synchronize", "the host waits for the device");
   expect_present(device);
+  throw_fault(*cuda_fault_word(device));
+}
+// Memory of the host's that kernels may touch, too.
+DeviceFault* cuda_fault_word(Device) {
+  static DeviceFault& word = [&]() -> DeviceFault& {
+    static DeviceFault instance;
+    simt::add_memory(&instance, sizeof instance, "the fault word", true);
+    return instance;
+  }();
+  return &word;
 }
 CudaBytes cuda_bytes(Device device) {
   constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
