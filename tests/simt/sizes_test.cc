@@ -36,7 +36,8 @@ struct Shape {
 };
 
 void train(const Shape& shape) {
-  std::string text = *read_text(std::string(REPRISE_SOURCE_DIR "/bench/configs/") + shape.config, 1);
+  std::string text =
+      *read_text(std::string(REPRISE_SOURCE_DIR "/bench/configs/") + shape.config, 1);
   const std::size_t at = text.find(shape.layers);
   ASSERT_NE(at, std::string::npos);
   text.replace(at, std::string(shape.layers).size(), shape.fewer);
