@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include <cuda_runtime_api.h>
 
@@ -254,6 +255,7 @@ Allocator& cuda_allocator(Device device) {
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
     expect_kernels_for(device);
+    (void)cuda_fault_word(device);  // now: no capture could
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;
@@ -288,6 +290,9 @@ void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
   if (!(to_cuda && from_cuda && to_device == from_device)) {
     cuda_check("cuda_copy", cudaStreamSynchronize(stream));
   }
+  if (!to_cuda) {
+    throw_fault(*cuda_fault_word(from_device));
+  }
 }
 
 void cuda_zero(void* at, Device device, std::size_t bytes) {
@@ -299,6 +304,22 @@ void cuda_synchronize(Device device) {
   expect_not_capturing("cuda_synchronize", "the host waits for the device");
   const Current current(device);
   cuda_check("cuda_synchronize", cudaStreamSynchronize(stream_of(device)));
+  throw_fault(*cuda_fault_word(device));
+}
+
+// Never freed: a captured step may write it.
+DeviceFault* cuda_fault_word(Device device) {
+  static std::mutex mutex;
+  static std::array<DeviceFault*, kMostDevices> made{};
+  const Current current(device);
+  const std::lock_guard lock(mutex);
+  DeviceFault*& word = made.at(static_cast<std::size_t>(device.index));
+  if (word == nullptr) {
+    void* at = nullptr;
+    cuda_check("cuda", cudaHostAlloc(&at, sizeof(DeviceFault), cudaHostAllocMapped));
+    word = new (at) DeviceFault;
+  }
+  return word;
 }
 
 CudaBytes cuda_bytes(Device device) {

@@ -11,12 +11,15 @@
 
 #include "autograd/dry_run.h"
 #include "core/cuda_device.h"
+#include "core/step_graph.h"
 #include "distributed/reducer.h"
+#include "kernels/low_rank.h"
 #include "kernels/reduce.h"
 #include "nn/lora.h"
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
+#include "tests/error_of.h"
 #include "tests/op_case.h"
 #if defined(REPRISE_SHIM_DEVICE)
 #include "tests/simt/simt.h"
@@ -262,6 +265,68 @@ TEST_P(OnDevice, GradientsAreReducedAndDividedThere) {
             gradient_digest(alone.trainer->parameters()));
 }
 
+#if defined(REPRISE_SHIM_DEVICE)
+// The shim runs what is captured at once: what cannot be captured throws.
+TEST_P(OnDevice, ForwardAndBackwardWaitForNothing) {
+  const Unchecked faster;
+  Subject real(GetParam(), kDevice);
+  const DryRunFor stands_for(DeviceKind::cuda);
+  Subject shadow(GetParam(), meta);
+  for (const bool positions : {false, true}) {
+    for (Subject* run : {&real, &shadow}) {
+      run->batch.padded_right = true;
+      if (positions) {
+        run->batch.positions = Tensor::zeros({2, 9}, DType::i64, run->batch.ids.device());
+      }
+    }
+    const Tensor value = Tensor::empty({}, DType::f32, kDevice);
+    const auto step = [&](Subject& run) {
+      Tape tape;
+      const Tape::Scope scope(tape, Policies::named("inputs-only"));
+      const Variable loss = run.model->loss(run.batch);
+      if (!loss.tensor().is_meta()) {
+        value.copy_from(loss.tensor());
+      }
+      backward(loss);
+      for (Parameter* p : run.model->parameters()) {
+        p->zero_gradient();
+      }
+    };
+    step(real);
+    const auto plan = std::make_shared<const MemoryPlan>(plan_step([&] { step(shadow); }));
+    StepGraph graph(cuda_streams(kDevice));
+    allocator(kDevice).begin_plan(plan);
+    EXPECT_EQ(testing::error_of([&] { graph.capture([&] { step(real); }); }), "no error");
+    EXPECT_EQ(allocator(kDevice).end_plan().strays, 0);
+    EXPECT_TRUE(std::isfinite(value.item<float>()));
+  }
+}
+#endif
+
+TEST_P(OnDevice, AWrongIdIsNamedByTheStep) {
+  const Unchecked faster;
+  Subject run(GetParam(), kDevice);
+  std::vector<std::int64_t> ids(18, 5), labels = ids;
+  ids[11] = 1000;
+  labels[4] = -3;
+  const auto says = [&](const std::vector<std::int64_t>& numbers,
+                        const std::vector<std::int64_t>& targets) {
+    nn::Batch batch = run.batch;
+    batch.ids = Tensor::from(numbers, {2, 9}, kDevice);
+    batch.labels = Tensor::from(targets, {2, 9}, kDevice);
+    return testing::error_of([&] { (void)run.trainer->step(batch, 1e-3); });
+  };
+  const std::string vocabulary = GetParam().config == kGpt2 ? "67" : "61";
+  EXPECT_EQ(says(ids, labels),
+            "[embedding] id at position 11 must be in [0, V) = [0, " + vocabulary + "), got 1000");
+  ids[11] = 6;
+  EXPECT_EQ(says(ids, labels),
+            "[linear_cross_entropy] label of row 3 must be -100 or in [0, V) = [0, " + vocabulary +
+                "), got -3");
+  labels[4] = -100;
+  EXPECT_EQ(says(ids, labels), "no error");
+}
+
 INSTANTIATE_TEST_SUITE_P(
     All, OnDevice,
     ::testing::Values(Story{"gpt2", kGpt2}, Story{"llama_lora", kLlama, DType::f32, 4},
@@ -284,6 +349,37 @@ TEST_F(Devices, SampledTextAndEvaluation) {
         sample_text(dynamic_cast<nn::LanguageModel&>(*run.model), "a", 6, 8, 1.0, generator);
   }
   EXPECT_EQ(text[0], text[1]);
+}
+
+// A width of which a device makes 512 rows at a time.
+TEST_F(Devices, LoraInSeveralPieces) {
+  const Unchecked faster;
+  constexpr std::int64_t kRows = 516, kWidth = 16384, kRank = 4;
+  const auto numbers = [](std::int64_t rows, std::int64_t columns, std::int64_t step) {
+    std::vector<float> values(static_cast<std::size_t>(rows * columns));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<float>(static_cast<std::int64_t>(i) * step % 13 - 6) / 64;
+    }
+    return Tensor::from(values, {rows, columns});
+  };
+  const Tensor x = numbers(kRows, kWidth, 5), a = numbers(kRank, kWidth, 7),
+               du = numbers(kRows, kRank, 3);
+  const kernels::LowRankOptions options{.scale = 2, .probability = 0.25, .seed = 3, .offset = 9};
+  std::vector<float> u[2], da[2];
+  for (const bool device : {false, true}) {
+    const Device place = device ? kDevice : cpu;
+    const Tensor to = Tensor::empty({kRows, kRank}, DType::f32, place),
+                 gradient = Tensor::empty({kRank, kWidth}, DType::f32, place);
+    kernels::low_rank(x.to(place), a.to(place), options, to);
+    kernels::low_rank_backward(du.to(place), x.to(place), a.to(place), options, {}, {gradient});
+    u[device] = to.to_vector<float>();
+    da[device] = gradient.to_vector<float>();
+  }
+  for (const auto& [ours, theirs] : {std::pair(u[1], u[0]), std::pair(da[1], da[0])}) {
+    for (std::size_t i = 0; i < ours.size(); ++i) {
+      ASSERT_NEAR(ours[i], theirs[i], 1e-4) << i;
+    }
+  }
 }
 
 TEST_F(Devices, TensorsWithAnyStrides) {

@@ -90,16 +90,31 @@ void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
       simt::define_memory(to, bytes);
     }
   });
+  if (!to_cuda) {
+    throw_fault(*cuda_fault_word({DeviceKind::cuda, 0}));
+  }
 }
 void cuda_zero(void* at, Device, std::size_t bytes) {
   testing::on_device("zero", [=] {
-    std::memset(at, 0, bytes);
     simt::define_memory(at, bytes);
+    if (!simt::options().corners) {  // it would become real memory
+      std::memset(at, 0, bytes);
+    }
   });
 }
 void cuda_synchronize(Device device) {
   expect_not_capturing("cuda_synchronize", "the host waits for the device");
   expect_present(device);
+  throw_fault(*cuda_fault_word(device));
+}
+// Memory of the host's that kernels may touch, too.
+DeviceFault* cuda_fault_word(Device) {
+  static DeviceFault& word = [&]() -> DeviceFault& {
+    static DeviceFault instance;
+    simt::add_memory(&instance, sizeof instance, "the fault word", true);
+    return instance;
+  }();
+  return &word;
 }
 CudaBytes cuda_bytes(Device device) {
   constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
