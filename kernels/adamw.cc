@@ -215,15 +215,17 @@ void adamw_gradient_scale(const Tensor& squares, const Tensor& losses, double ma
   if (outcome.is_meta()) {
     return;
   }
-  const AdamWOutcome call{squares.numel() == 0 ? nullptr : squares.data<double>(),
-                          squares.numel(),
-                          count == 0 ? nullptr : losses.data<float>(),
-                          count,
-                          max_norm,
-                          rows == 0 ? nullptr : static_cast<AdamWScalars*>(scalars.raw()),
-                          rows,
-                          outcome.data<double>()};
+  AdamWOutcome call{squares.numel() == 0 ? nullptr : squares.data<double>(),
+                    squares.numel(),
+                    count == 0 ? nullptr : losses.data<float>(),
+                    count,
+                    max_norm,
+                    rows == 0 ? nullptr : static_cast<AdamWScalars*>(scalars.raw()),
+                    rows,
+                    outcome.data<double>(),
+                    nullptr};
   if (outcome.device().kind == DeviceKind::cuda) {
+    call.fault = &cuda_fault_word(outcome.device())->site;
     REPRISE_CUDA_SIDE(op, cuda::adamw_gradient_scale(call, cuda_stream(outcome.device())));
     return;
   }

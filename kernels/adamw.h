@@ -56,9 +56,9 @@ void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars);
 //   scale = min(1, max_norm / (n + 1e-6)), 1 for max_norm 0
 //   outcome = losses, n
 //
-// When a loss or n is not finite the scale is NaN, and a tensor whose gradient scale is NaN is left
-// as it is by adamw().
-// Shapes: squares [tensors] f64, as squared_norms gives them; losses [L] f32; scalars f32 [rows,
+// When a loss or n is not finite, or the device has found a wrong number (core/device_faults.h),
+// the scale is NaN, and a tensor whose gradient scale is NaN is left as it is by adamw(). Shapes:
+// squares [tensors] f64, as squared_norms gives them; losses [L] f32; scalars f32 [rows,
 // kAdamWScalars]; outcome f64 [L + 1]; contiguous, on one device. Errors: others, and a max_norm
 // that is negative or not a number.
 void adamw_gradient_scale(const Tensor& squares, const Tensor& losses, double max_norm,

@@ -55,6 +55,7 @@ struct AdamWOutcome {
   AdamWScalars* scalars;
   std::int64_t rows;
   double* outcome;
+  const std::int64_t* fault;  // not 0: the device has found a wrong number; may be null
 };
 // Writes the outcome; the scale, for every row.
 REPRISE_BOTH_SIDES inline float adamw_scale_of(const AdamWOutcome& of) {
@@ -69,7 +70,7 @@ REPRISE_BOTH_SIDES inline float adamw_scale_of(const AdamWOutcome& of) {
     of.outcome[i] = static_cast<double>(of.losses[i]);
   }
   of.outcome[of.loss_count] = norm;
-  if (!finite) {
+  if (!finite || (of.fault != nullptr && *of.fault != 0)) {
     return NAN;
   }
   const double scale = of.max_norm > 0 ? of.max_norm / (norm + 1e-6) : 1.0;

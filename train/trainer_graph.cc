@@ -13,6 +13,7 @@
 #include "core/step_graph.h"
 #include "kernels/adamw.h"
 #include "kernels/reduce.h"
+#include "nn/models/attend.h"
 #include "train/trainer.h"
 
 namespace reprise::train {
@@ -130,6 +131,7 @@ std::string key_of(std::span<const nn::Batch> batches, double scale, std::uint64
         key += "; -";
       }
     }
+    key += batch.padded_right.value_or(false) ? "; padded on the right" : "";
   }
   std::uint64_t where = 0;
   for (const Parameter* p : parameters) {
@@ -158,12 +160,18 @@ double Trainer::graph_step(std::span<const nn::Batch> micro_batches, double lear
   progress().begin_step(steps_ + 1);
   const PhaseScope phase(Phase::forward);
   Graph& graph = *graph_;
-  const std::string key = key_of(micro_batches, scale, generator_.seed, model_.parameters());
-  Graph::Fixed& fixed = graph.fixed_for(key, micro_batches, parameters_.size());
-  for (std::size_t i = 0; i < micro_batches.size(); ++i) {
+  std::vector<nn::Batch> given(micro_batches.begin(), micro_batches.end());
+  for (nn::Batch& batch : given) {
+    if (batch.mask.defined() && !batch.padded_right) {
+      batch.padded_right = nn::is_padded_right(batch.mask);
+    }
+  }
+  const std::string key = key_of(given, scale, generator_.seed, model_.parameters());
+  Graph::Fixed& fixed = graph.fixed_for(key, given, parameters_.size());
+  for (std::size_t i = 0; i < given.size(); ++i) {
     for (const auto part : kParts) {
-      if ((micro_batches[i].*part).defined() && !are_ids(micro_batches[i], part)) {
-        (fixed.batches[i].*part).copy_from(micro_batches[i].*part);
+      if ((given[i].*part).defined() && !are_ids(given[i], part)) {
+        (fixed.batches[i].*part).copy_from(given[i].*part);
       }
     }
   }
