@@ -13,6 +13,7 @@
 
 #include "core/cuda_errors.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "core/pinned_memory.h"
 #include "core/step_graph.h"
 
@@ -185,10 +186,7 @@ class CudaMemory final : public MemorySource {
     const cudaError_t status = cudaMallocAsync(&at, bytes, stream_of(device_));
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      std::size_t free_bytes = 0, total_bytes = 0;
-      cudaMemGetInfo(&free_bytes, &total_bytes);
-      fail("cuda", "no memory for {} bytes on {}: {} of {} are free", bytes, to_string(device_),
-           free_bytes, total_bytes);
+      throw_out_of_memory(bytes);
     }
     cuda_check("cuda", status);
     return at;
@@ -199,6 +197,20 @@ class CudaMemory final : public MemorySource {
   }
 
  private:
+  [[noreturn]] void throw_out_of_memory(std::size_t wanted_bytes) const {
+    std::size_t free_bytes = 0, total_bytes = 0;
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    cudaMemPool_t pool = nullptr;
+    std::uint64_t reserved_bytes = 0, used_bytes = 0;  // of the pool: the rest of it is free, too
+    if (cudaDeviceGetDefaultMemPool(&pool, device_.index) == cudaSuccess) {
+      cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemCurrent, &reserved_bytes);
+      cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemCurrent, &used_bytes);
+    }
+    throw OutOfMemory(fmt::format("[cuda] no memory for {} bytes on {}: {} of {} are free",
+                                  wanted_bytes, to_string(device_), free_bytes, total_bytes),
+                      device_, static_cast<std::int64_t>(free_bytes + reserved_bytes - used_bytes));
+  }
+
   const Device device_;
 };
 

@@ -22,6 +22,7 @@
 #include "tests/error_of.h"
 #include "tests/op_case.h"
 #if defined(REPRISE_SHIM_DEVICE)
+#include "tests/simt/device_memory.h"
 #include "tests/simt/simt.h"
 #endif
 #include "train/on_device.h"
@@ -300,6 +301,67 @@ TEST_P(OnDevice, ForwardAndBackwardWaitForNothing) {
     EXPECT_EQ(allocator(kDevice).end_plan().strays, 0);
     EXPECT_TRUE(std::isfinite(value.item<float>()));
   }
+}
+#endif
+
+#if defined(REPRISE_SHIM_DEVICE)
+// What the shim's device has while it lives.
+class DeviceBytes {
+ public:
+  explicit DeviceBytes(std::int64_t bytes) {
+    testing::DeviceMemory::instance().total_bytes = bytes;
+  }
+  ~DeviceBytes() { testing::DeviceMemory::instance().total_bytes = before_; }
+  DeviceBytes(const DeviceBytes&) = delete;
+
+ private:
+  const std::int64_t before_ = testing::DeviceMemory::instance().total_bytes;
+};
+
+// A step whose activations count beside its parameters.
+struct LongSubject : Subject {
+  LongSubject(const Story& story, const std::string& policy) : Subject(story, kDevice, policy) {
+    batch.ids = batch.labels = Tensor::zeros({4, 25}, DType::i64, kDevice);
+    batch.mask = Tensor();
+  }
+};
+
+// The error names the policies that fit: those run where it was thrown, and no others.
+TEST_P(OnDevice, WithoutMemoryThePoliciesThatFitAreNamed) {
+  const Unchecked faster;
+  std::int64_t most = 0, least = INT64_MAX;
+  for (const std::string& policy : Policies::names()) {
+    const std::int64_t before = allocator(kDevice).report().live_bytes;
+    LongSubject run(GetParam(), policy);
+    allocator(kDevice).reset_peak();
+    (void)run.losses(2);
+    const std::int64_t bytes = allocator(kDevice).report().peak_bytes - before;
+    most = std::max(most, bytes);
+    least = std::min(least, bytes);
+  }
+  ASSERT_LT(least, most);
+  const CudaBytes now = cuda_bytes(kDevice);
+  const std::int64_t others = now.total_bytes - now.free_bytes;
+  const auto says = [&](const std::string& policy, std::int64_t bytes) {
+    const DeviceBytes device(others + bytes);
+    LongSubject run(GetParam(), policy);
+    return testing::error_of([&] { (void)run.losses(2); });
+  };
+  const std::int64_t middle = (least + most) / 2;
+  const std::string said = says("keep-all", middle);
+  EXPECT_TRUE(said.starts_with("[cuda] no memory for ")) << said;
+  EXPECT_NE(
+      said.find("(" + std::to_string(middle) + " bytes) that cuda:0 has this step fits under: "),
+      std::string::npos)
+      << said;
+  for (const std::string& policy : Policies::names()) {
+    const bool named = said.find(" " + policy + " with ") != std::string::npos;
+    EXPECT_EQ(says(policy, middle) == "no error", named) << policy << ": " << said;
+  }
+  EXPECT_EQ(says("inputs-only", most), "no error");
+  const std::string none = says("inputs-only", least - 1);
+  EXPECT_NE(none.find("; under no policy does this step fit in the "), std::string::npos) << none;
+  EXPECT_TRUE(none.ends_with("(" + std::to_string(least) + " bytes)")) << none;
 }
 #endif
 

@@ -11,6 +11,7 @@
 #include "core/arena.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "core/step_graph.h"
 #include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
@@ -29,6 +30,8 @@ void expect_present(Device device) {
 
 using testing::DeviceMemory;
 
+std::int64_t held_bytes = 0;  // of the device
+
 class ShimMemory final : public MemorySource {
  public:
   ShimMemory() {
@@ -38,11 +41,19 @@ class ShimMemory final : public MemorySource {
     };
   }
   void* allocate(std::size_t bytes) override {
+    const std::int64_t total = DeviceMemory::instance().total_bytes;
+    if (held_bytes + static_cast<std::int64_t>(bytes) > total) {
+      throw OutOfMemory(fmt::format("[cuda] no memory for {} bytes on cuda:0: {} of {} are free",
+                                    bytes, total - held_bytes, total),
+                        {DeviceKind::cuda, 0}, total - held_bytes);
+    }
+    held_bytes += static_cast<std::int64_t>(bytes);
     void* const at = DeviceMemory::instance().allocate(bytes);
     simt::add_memory(at, bytes, fmt::format("tensor {}", ++count_), false);
     return at;
   }
-  void free(void* at, std::size_t) noexcept override {
+  void free(void* at, std::size_t bytes) noexcept override {
+    held_bytes -= static_cast<std::int64_t>(bytes);
     simt::remove_memory(at);
     DeviceMemory::instance().free(at);
   }
@@ -117,8 +128,9 @@ DeviceFault* cuda_fault_word(Device) {
   return &word;
 }
 CudaBytes cuda_bytes(Device device) {
-  constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
-  return {kTotalBytes - cuda_allocator(device).report().live_bytes, kTotalBytes};
+  const std::int64_t total_bytes = DeviceMemory::instance().total_bytes;
+  (void)cuda_allocator(device);
+  return {total_bytes - held_bytes, total_bytes};
 }
 // The host runs the kernels, so it is the compute stream.
 Streams& cuda_streams(Device device) {
