@@ -4,6 +4,7 @@
 namespace simt {
 namespace {
 
+using namespace reprise;
 using namespace reprise::kernels::cuda;
 
 constexpr int kThreads = 64;
