@@ -40,7 +40,7 @@ function(reprise_download_cudnn_frontend result)
 endfunction()
 
 find_path(REPRISE_CUDNN_INCLUDE cudnn.h
-  HINTS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/nvidia/cudnn/include)
+  HINTS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/nvidia/cudnn ${REPRISE_PYTHON_NVIDIA} PATH_SUFFIXES include)
 find_path(REPRISE_CUDNN_FRONTEND_INCLUDE cudnn_frontend.h
   HINTS ${REPRISE_CUDNN_FRONTEND} ${site_packages}/include)
 mark_as_advanced(REPRISE_CUDNN_INCLUDE REPRISE_CUDNN_FRONTEND_INCLUDE)
@@ -59,7 +59,8 @@ else()
   set(REPRISE_HAS_CUDNN ON)
   # Folders in which the libraries were seen, after those of the loader.
   find_file(REPRISE_CUDNN_FILE NAMES libcudnn.so.9
-    HINTS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/nvidia/cudnn/lib ${REPRISE_CUDNN_INCLUDE}/../lib)
+    HINTS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/nvidia/cudnn ${REPRISE_PYTHON_NVIDIA} ${REPRISE_CUDNN_INCLUDE}/..
+    PATH_SUFFIXES lib)
   mark_as_advanced(REPRISE_CUDNN_FILE)
   set(folders ${CUDAToolkit_LIBRARY_DIR})
   if(REPRISE_CUDNN_FILE)

@@ -1,5 +1,7 @@
 """Memory against time as SVG, one panel a model; no library, so that it is drawn on any machine."""
 
+import html
+
 WIDTH, HEIGHT, LEFT, TOP, BELOW = 560, 360, 70, 40, 50
 COLOURS = {"reprise": "#1f5fbf", "pytorch": "#c2531c"}
 
@@ -27,8 +29,10 @@ def panel(name, rows, offset):
     return text + ["</g>"]
 
 
-def curves(models):
+def curves(models, origin):
+    """A panel a model, and below them where the numbers are from."""
     parts = [line for at, (name, rows) in enumerate(models.items()) for line in panel(name, rows, at * WIDTH)]
     width = WIDTH * max(1, len(models))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT}" font-family="sans-serif" font-size="11">'
-    return "\n".join([head, f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>', *parts, "</svg>"]) + "\n"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT + 20}" font-family="sans-serif" font-size="11">'
+    below = f'<text x="{LEFT}" y="{HEIGHT + 10}" fill="#666" font-size="8">{html.escape(origin)}</text>'
+    return "\n".join([head, f'<rect width="{width}" height="{HEIGHT + 20}" fill="#fff"/>', *parts, below, "</svg>"]) + "\n"
