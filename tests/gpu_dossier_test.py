@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = ["stage1.json", "stage2.json", "stage3.json", "stage4.json", "targets.json", "curve.json", "curve.svg", "summary.md"]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "bench"))
+checks = importlib.import_module("dossier.checks")
 run = importlib.import_module("dossier.run")
 report = importlib.import_module("dossier.report")
 
@@ -27,6 +28,30 @@ def command_of(build, out, archive, *more):
     command = [sys.executable, ROOT / "bench/gpu_dossier", "--dry", "--reduced", "--no-peers", "--build", build]
     command += ["--out", out, "--archive", archive, "--scratch", out.parent / "scratch", *more]
     return [str(word) for word in command]
+
+
+class Printed:
+    """A session whose programs print this."""
+
+    def __init__(self, *lines):
+        self.said = "\n".join(lines)
+
+    def program(self, command, timeout=0, environment=None):
+        return subprocess.CompletedProcess(command, 9 if "FAILED" in self.said else 0, self.said, "")
+
+
+def judged():
+    """What GoogleTest and compute-sanitizer print."""
+    ran = "[==========] 3 tests from 1 test suite ran. (5 ms total)"
+    of = lambda *lines, **more: checks.tests(Printed(*lines), "program", "*", **more)
+    assert of(ran, "[  PASSED  ] 3 tests.")["status"] == "ok"
+    assert of(ran, "[  PASSED  ] 1 test.", "[  SKIPPED ] 2 tests.")["skipped"] == 2
+    assert of(ran, "[  PASSED  ] 0 tests.", "[  SKIPPED ] 3 tests.")["status"] == "not run"
+    assert of("[==========] 0 tests from 0 test suites ran. (0 ms total)", shards=4)["status"] == "not run"
+    failed = of("[  FAILED  ] All/OpCases.X/relu_cuda, where GetParam() = relu (3 ms)", ran, "[  FAILED  ] 1 test, listed below:")
+    assert failed["status"] == "failed" and failed["failed"] == ["All/OpCases.X/relu_cuda"], failed
+    refused = of("========= Error: Device not supported. Please refer to the tool's documentation", "FAILED", wrapper=["compute-sanitizer"])
+    assert refused["status"] == "not run" and "Device not supported" in refused["error"], refused
 
 
 def dossier(*words):
@@ -81,6 +106,11 @@ def end_to_end(build, folder):
     assert all(commit in (second / name).read_text() for name in FILES)
     again = dossier(build, second, archive)
     assert again.returncode == 0 and " ok " not in again.stdout, again.stdout
+    # No dry run, and a build without CUDA: nothing is begun.
+    command = [word for word in command_of(build, folder / "fourth", folder / "none.tar.gz") if word not in ("--dry", "--reduced")]
+    alone = subprocess.run(command, capture_output=True, text=True)
+    assert alone.returncode == 1 and "CUDA" in alone.stderr, (alone.returncode, alone.stderr)
+    assert not (folder / "fourth/items").exists()
     (folder / "damaged.tar.gz").write_text("no archive")
     damaged = dossier(build, folder / "third", folder / "damaged.tar.gz")
     assert damaged.returncode == 1 and "no archive of a dossier" in damaged.stderr
@@ -190,6 +220,7 @@ def verdicts():
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
+        judged()
         verdicts()
         limits(pathlib.Path(folder))
         end_to_end(sys.argv[1], pathlib.Path(folder))

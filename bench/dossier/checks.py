@@ -7,7 +7,7 @@ import pathlib
 import shutil
 
 from . import machine
-from .programs import Programs
+from .programs import Programs, flags
 from .run import Item
 
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -31,6 +31,18 @@ def build(session):
     return {"status": "ok", "generator": generator, "programs": programs}
 
 
+def no_device(session):
+    """Why nothing can be asked of the device; empty where it copies. Asked at every start: else each item would fail of it."""
+    if session.args.dry:
+        return ""
+    shape = {"batch": 1, "tokens": 8, "width": 32, "inner": 48, "samples": 1, "least-ms": 0, "only": "copy"}
+    try:
+        done = session.program([Programs(session.args).kernels, "--device", "cuda", *flags(shape)], 100)
+    except OSError as error:
+        return f"{error}: build the preset device, or name a folder of tools/pack_device by --build"
+    return "" if done.returncode == 0 else (done.stderr or done.stdout).strip()[-1500:]
+
+
 def tests(session, program, gtest_filter, shards=1, shard=0, wrapper=()):
     """A GoogleTest program: how many ran and which failed."""
     environment = {"GTEST_TOTAL_SHARDS": str(shards), "GTEST_SHARD_INDEX": str(shard), "OMP_WAIT_POLICY": "passive"}
@@ -41,12 +53,14 @@ def tests(session, program, gtest_filter, shards=1, shard=0, wrapper=()):
     refusal = next((line for line in text.splitlines() if any(words in line for words in REFUSALS)), "")
     if wrapper and refusal:
         return {"status": "not run", "error": refusal, **result}
-    failed = sorted({line.split("]")[1].split(",")[0].strip() for line in text.splitlines() if line.startswith("[  FAILED  ]")})
+    failed = {line.split("]")[1].split(",")[0].split(" (")[0].strip() for line in text.splitlines() if line.startswith("[  FAILED  ]")}
+    failed = sorted(name for name in failed if "." in name)
     ran = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("[==========]") and "ran" in line), 0)
-    if done.returncode == 0 and ran == 0 and shards == 1:
-        return {"status": "not run", "error": "no test of that name", **result}
+    skipped = next((int(line.split()[3]) for line in text.splitlines() if line.startswith("[  SKIPPED ]") and line.endswith((" test.", " tests."))), 0)
+    if done.returncode == 0 and ran == skipped:
+        return {"status": "not run", "error": f"all {skipped} tests skip themselves" if ran else "no test of that name", **result}
     status = "ok" if done.returncode == 0 else "failed"
-    return {"status": status, "ran": ran, "failed": failed, "error": "" if status == "ok" else text[-3000:], **result}
+    return {"status": status, "ran": ran, "skipped": skipped, "failed": failed, "error": "" if status == "ok" else text[-3000:], **result}
 
 
 def sanitizer(tool, gtest_filter, shard):

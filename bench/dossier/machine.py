@@ -42,10 +42,22 @@ def card(dry):
     return "dry" if dry else re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
+def toolkits():
+    """Folders of CUDA, also where they are in no search path."""
+    nvcc = shutil.which("nvcc")
+    found = [os.environ.get("CUDA_HOME", ""), str(pathlib.Path(nvcc).resolve().parent.parent) if nvcc else "", "/usr/local/cuda"]
+    return list(dict.fromkeys(folder for folder in found if folder and os.path.isdir(folder)))
+
+
+def library_folders(python):
+    """Where PyTorch's packages and the toolkit put NVIDIA's libraries."""
+    code = "import nvidia, os; print(':'.join(os.path.join(p, d, 'lib') for p in nvidia.__path__ for d in os.listdir(p)))"
+    toolkit = [f"{folder}/{part}" for folder in toolkits() for part in ["lib64", "lib", "targets/x86_64-linux/lib"]]
+    return [folder for folder in [*text_of([python, "-c", code]).split(":"), *toolkit] if os.path.isdir(folder)]
+
+
 def compute_sanitizer():
-    """Its path, also where the toolkit's folder is in no search path."""
-    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", str(pathlib.Path(shutil.which("nvcc") or "/usr/bin/nvcc").resolve().parent.parent)]
-    names = [shutil.which("compute-sanitizer")] + [f"{folder}/{part}/compute-sanitizer" for folder in folders for part in ["bin", "compute-sanitizer"]]
+    names = [shutil.which("compute-sanitizer")] + [f"{folder}/{part}/compute-sanitizer" for folder in toolkits() for part in ["bin", "compute-sanitizer"]]
     return next((name for name in names if name and os.access(name, os.X_OK)), None)
 
 

@@ -1,6 +1,7 @@
 """Items of work, done at most once each and kept as files, within a time that the session never passes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -43,16 +44,11 @@ class Session:
         self.out.mkdir(parents=True, exist_ok=True)
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.unpack()
+        self.unpack_programs()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        folders = [str(pathlib.Path(args.build) / "lib"), *self.library_folders()]
-        self.environment["LD_LIBRARY_PATH"] = ":".join([*folders, os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
+        self.environment["LD_LIBRARY_PATH"] = ":".join([*machine.library_folders(args.python), os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
         self.versions = machine.versions(args.python, root, pathlib.Path(args.build))
         self.has_peers = not args.no_peers and "torch" in self.versions["peers"]
-
-    def library_folders(self):
-        """Where PyTorch's packages put NVIDIA's libraries."""
-        code = "import nvidia, os; print(':'.join(os.path.join(p, d, 'lib') for p in nvidia.__path__ for d in os.listdir(p)))"
-        return machine.text_of([self.args.python, "-c", code]).split(":")
 
     def file(self, item):
         return self.out / "items" / (item.key + ".json")
@@ -110,7 +106,7 @@ class Session:
             )  # fmt: skip
             self.keep(self.file(item), result)
             self.pack()
-            print(f"{result['status']:>8}  {item.key}  {result['seconds']:.1f} s  {' '.join(result.get('error', '').split())[:200]}", flush=True)
+            print(f"{result['status']:>8}  {item.key}  {result['seconds']:.1f} s  {' '.join(result.get('error', '').split())[-200:]}", flush=True)
         return sum(not self.done(item) for item in items)
 
     def program(self, command, timeout=HIGHEST_LIMIT, environment=None):
@@ -141,6 +137,21 @@ class Session:
         if done.returncode != 0:
             return {"status": "failed", "error": (done.stderr or done.stdout)[-1500:], **said}
         return {"status": "ok", "result": json.loads(done.stdout.strip().splitlines()[-1]), **said}
+
+    def unpack_programs(self):
+        """Of tools/pack_device, once a machine."""
+        packed = pathlib.Path(self.args.build) / "programs.tar.xz"
+        if not packed.exists():
+            return
+        folder = self.scratch / ("programs-" + hashlib.sha256(packed.read_bytes()).hexdigest()[:16])
+        if not folder.exists():
+            temporary = folder.with_name(folder.name + ".new")
+            temporary.mkdir(exist_ok=True)
+            done = subprocess.run(["tar", "-xJf", str(packed), "-C", str(temporary)], capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(f"{packed}: {done.stderr.strip()}")
+            temporary.rename(folder)
+        self.args.build = str(folder)
 
     def unpack(self):
         if not self.args.archive or not os.path.exists(self.args.archive):

@@ -28,7 +28,7 @@ TINY_MODELS = {
     "tiny-gpt2": {"batch": 2, "tokens": 16, "layers": 2, "rounds": 1, "seconds": 10, "rank": 21},
     "tiny-llama-lora": {"config": "tiny-llama", "batch": 2, "tokens": 16, "layers": 2, "lora": 4, "rounds": 1, "seconds": 10, "rank": 31},
 }
-TINY_CELLS = ["eager", "compile", "eager+checkpoint", "eager+selective"]
+TINY_CELLS = ["eager", "compile", "compile+budget0.5", "eager+checkpoint", "eager+selective", "eager+foreach"]
 
 
 def models(session):

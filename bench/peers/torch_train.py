@@ -107,9 +107,9 @@ def build(args, words, versions):
 def compiled(model, words):
     for word in words:
         if word.startswith("budget"):
-            import torch._functorch.config
+            from torch._functorch import config
 
-            torch._functorch.config.activation_memory_budget = float(word.removeprefix("budget"))
+            config.activation_memory_budget = float(word.removeprefix("budget"))
     if "max-autotune" in words:
         return torch.compile(model, mode="max-autotune")
     return torch.compile(model) if "compile" in words else model
@@ -146,6 +146,7 @@ def main():
         ids = tokens_of(args, vocabulary, number)
         wait()
         start = time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()  # max-autotune captures graphs
         optimizer.zero_grad(set_to_none=True)
         with attention_of(words):
             loss = run(input_ids=ids, labels=ids).loss
