@@ -167,6 +167,25 @@ def gone(pid):
     return state == "Z"
 
 
+def captured():
+    """A session whose bench_step has --graph, or has not."""
+
+    class Steps(Printed):
+        def __init__(self, help_text, losses):
+            super().__init__(help_text)
+            self.losses, self.root, self.args = losses, ROOT, argparse.Namespace(dry=False, build="/nowhere")
+
+        def json_of(self, command):
+            with_graph = "--graph" in command
+            result = {"losses": self.losses[with_graph], "step_ms": [1.0], "graph_launches": 5 * with_graph}
+            return {"status": "ok", "result": result}
+
+    assert checks.graphs(Steps("--fresh", [[1.0], [1.0]]))["status"] == "not run"
+    assert checks.graphs(Steps("--graph", [[1.0, 2.0], [1.0, 2.0]]))["status"] == "ok"
+    differ = checks.graphs(Steps("--graph", [[1.0, 2.0], [1.0, 2.5]]))
+    assert differ["status"] == "failed" and differ["error"] == "losses differ", differ
+
+
 class Fixed:
     """Results that are known, for the targets that come of them."""
 
@@ -221,6 +240,7 @@ def verdicts():
 def main():
     with tempfile.TemporaryDirectory() as folder:
         judged()
+        captured()
         verdicts()
         limits(pathlib.Path(folder))
         end_to_end(sys.argv[1], pathlib.Path(folder))
