@@ -1,5 +1,6 @@
 # cuDNN's headers, where its library lies, and cudnn_frontend (headers only), which builds its
-# graphs. Sets REPRISE_HAS_CUDNN and makes reprise_cudnn. The library itself is loaded at run time.
+# graphs. Sets REPRISE_HAS_CUDNN, REPRISE_CUDNN_INCLUDES and REPRISE_CUDNN_FOLDERS, for the one file that calls it.
+# The library itself is loaded at run time.
 #
 # cudnn_frontend is taken from REPRISE_CUDNN_FRONTEND (a folder with cudnn_frontend.h), an installed
 # one, or the wheel of PyPI, downloaded into the build folder with pip.
@@ -68,9 +69,6 @@ else()
     list(PREPEND folders ${folder})
   endif()
   list(REMOVE_DUPLICATES folders)
-  list(JOIN folders ":" folders)
-  add_library(reprise_cudnn INTERFACE)
-  target_include_directories(reprise_cudnn SYSTEM INTERFACE ${frontend} ${REPRISE_CUDNN_INCLUDE})
-  target_compile_definitions(reprise_cudnn INTERFACE REPRISE_CUDNN_FOLDERS="${folders}")
-  target_link_libraries(reprise_cudnn INTERFACE ${CMAKE_DL_LIBS})
+  list(JOIN folders ":" REPRISE_CUDNN_FOLDERS)
+  set(REPRISE_CUDNN_INCLUDES ${frontend} ${REPRISE_CUDNN_INCLUDE})
 endif()
