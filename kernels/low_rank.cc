@@ -73,35 +73,14 @@ void product_on_cuda([[maybe_unused]] const LowRankProduct& product,
   }
 }
 
-// s drop(x) A^T and its gradients, but for what differs.
-LowRankProduct product(const LowRankShapes& size, const LowRankOptions& options) {
-  LowRankProduct product;
-  product.k = size.in;
-  product.scale = static_cast<float>(options.scale);
-  if (options.probability > 0) {
-    product.mask = dropout_mask(options.probability, options.seed, options.offset);
-  }
-  return product;
-}
-
 }  // namespace
 
 void low_rank(const Tensor& x, const Tensor& a, const LowRankOptions& options, const Tensor& u) {
-  const LowRankShapes size = check_low_rank(x, a, u, "u");
-  const Matrix from = matrix("low_rank", "x", x), weight = matrix("low_rank", "a", a),
-               to = matrix("low_rank", "u", u);
-  if (on_cuda(x)) {
-    const bool dropped = options.probability > 0;
-    LowRankProduct p = product(size, options);
-    p.m = size.rows;
-    p.n = size.rank;
-    p.left = {from, false, dropped};
-    p.right = {weight};
-    p.to = to;
-    product_on_cuda(p, "low_rank", x);
-    return;
-  }
-  cpu::low_rank(x, a, options, u);
+  check_low_rank(x, a, u, "u");
+  (void)matrix("low_rank", "x", x);
+  (void)matrix("low_rank", "a", a);
+  (void)matrix("low_rank", "u", u);
+  products::low_rank(x, a, options, u);
 }
 
 void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
@@ -111,33 +90,25 @@ void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
   const LowRankShapes size = check_low_rank(x, a, du, "du");
   check_gradient(op, "dx", dx, "[.., I]", x);
   check_gradient(op, "da", da, "[R, I]", a);
-  if (!on_cuda(x)) {
-    cpu::low_rank_backward(du, x, a, options, dx, da);
-    return;
+  if (!on_cuda(x) || !dx.tensor.defined()) {
+    return products::low_rank_backward(du, x, a, options, dx, da);
   }
-  const bool dropped = options.probability > 0;
-  [[maybe_unused]] const Matrix upstream = matrix(op, "du", du);
-  LowRankProduct p = product(size, options);
+  LowRankProduct p;
+  p.m = size.rows;
   p.n = size.in;
-  if (dx.tensor.defined()) {
-    p.m = size.rows;
-    p.k = size.rank;
-    p.left = {upstream};
-    p.right = {matrix(op, "a", a), true};
-    p.to = matrix(op, "dx", dx.tensor);
-    p.drop_result = dropped;
-    p.accumulate = dx.accumulate;
-    product_on_cuda(p, op, x);
+  p.k = size.rank;
+  p.left = {matrix(op, "du", du)};
+  p.right = {matrix(op, "a", a), true};
+  p.to = matrix(op, "dx", dx.tensor);
+  p.scale = static_cast<float>(options.scale);
+  if (options.probability > 0) {
+    p.mask = dropout_mask(options.probability, options.seed, options.offset);
+    p.drop_result = true;
   }
+  p.accumulate = dx.accumulate;
+  product_on_cuda(p, op, x);
   if (da.tensor.defined()) {
-    p.m = size.rank;
-    p.k = size.rows;
-    p.left = {upstream, true};
-    p.right = {matrix(op, "x", x), true, dropped};
-    p.to = matrix(op, "da", da.tensor);
-    p.drop_result = false;
-    p.accumulate = da.accumulate;
-    product_on_cuda(p, op, x);
+    products::low_rank_backward(du, x, a, options, {}, da);
   }
 }
 
@@ -175,7 +146,7 @@ void add_low_rank(const Tensor& y, const Tensor& u, const Tensor& b, const Tenso
     product_on_cuda(p, op, y);
     return;
   }
-  cpu::add_low_rank(y, u, b, z);
+  products::add_low_rank(y, u, b, z);
 }
 
 void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
@@ -184,31 +155,8 @@ void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
   [[maybe_unused]] const std::int64_t rows = check_add(dz, "dz", u, b);
   check_gradient(op, "du", du, "[.., R]", u);
   check_gradient(op, "db", db, "[O, R]", b);
-  const Matrix upstream = matrix(op, "dz", dz);
-  if (!on_cuda(dz)) {
-    cpu::add_low_rank_backward(dz, u, b, du, db);
-    return;
-  }
-  LowRankProduct p;
-  p.n = b.size(1);
-  if (du.tensor.defined()) {
-    p.m = rows;
-    p.k = b.size(0);
-    p.left = {upstream};
-    p.right = {matrix(op, "b", b), true};
-    p.to = matrix(op, "du", du.tensor);
-    p.accumulate = du.accumulate;
-    product_on_cuda(p, op, dz);
-  }
-  if (db.tensor.defined()) {
-    p.m = b.size(0);
-    p.k = rows;
-    p.left = {upstream, true};
-    p.right = {matrix(op, "u", u), true};
-    p.to = matrix(op, "db", db.tensor);
-    p.accumulate = db.accumulate;
-    product_on_cuda(p, op, dz);
-  }
+  (void)matrix(op, "dz", dz);
+  products::add_low_rank_backward(dz, u, b, du, db);
 }
 
 void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b, double factor,
@@ -245,7 +193,7 @@ void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b
     }
     return;
   }
-  cpu::merged_norms(w, in_out, a, b, factor, v);
+  products::merged_norms(w, in_out, a, b, factor, v);
 }
 
 }  // namespace reprise::kernels

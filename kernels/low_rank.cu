@@ -12,9 +12,9 @@ constexpr int kDepth = 32;  // of k in shared memory at a time
 // part[k - at_k][line - first] for lines [first, first + size) of a factor that has `lines` of
 // them, and kDepth of its `depth` elements each: 0 beyond both.
 template <int size>
-__device__ __forceinline__ void load_part(const LowRankFactor& factor, const DropoutMask& mask,
-                                          std::int64_t first, std::int64_t lines, std::int64_t at_k,
-                                          std::int64_t depth, float (&part)[kDepth][size + 1]) {
+__device__ __forceinline__ void load_part(const LowRankFactor& factor, std::int64_t first,
+                                          std::int64_t lines, std::int64_t at_k, std::int64_t depth,
+                                          float (&part)[kDepth][size + 1]) {
   const int across = (factor.rows_are_k ? size : kDepth) / kRun;  // runs in a row
   const std::int64_t width = factor.rows_are_k ? lines : depth;
   const std::int64_t rows = factor.rows_are_k ? depth : lines;
@@ -26,9 +26,6 @@ __device__ __forceinline__ void load_part(const LowRankFactor& factor, const Dro
     Run run = {};
     if (left > 0) {
       run = load_run(factor.at, row, column, left < kRun ? static_cast<int>(left) : kRun);
-      if (factor.dropped) {
-        run = drop(mask, row * width + column, run);
-      }
     }
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
@@ -57,8 +54,8 @@ __device__ __forceinline__ Sums<rows, columns> tile_sums(const LowRankProduct& p
   Sums<rows, columns> sums;
   for (std::int64_t k = 0; k < product.k; k += kDepth) {
     __syncthreads();  // what the parts held has been read
-    load_part<rows>(product.left, product.mask, row, product.m, k, product.k, left);
-    load_part<columns>(product.right, product.mask, column, product.n, k, product.k, right);
+    load_part<rows>(product.left, row, product.m, k, product.k, left);
+    load_part<columns>(product.right, column, product.n, k, product.k, right);
     __syncthreads();
 #pragma unroll 8
     for (int d = 0; d < kDepth; ++d) {
@@ -74,8 +71,10 @@ __device__ __forceinline__ Sums<rows, columns> tile_sums(const LowRankProduct& p
   return sums;
 }
 
-template <int rows, int columns>
+constexpr int kRows = 64, kColumns = 64;
+
 __global__ void __launch_bounds__(kThreads) product_kernel(LowRankProduct product) {
+  constexpr int rows = kRows, columns = kColumns;
   __shared__ float left[kDepth][rows + 1], right[kDepth][columns + 1], tile[rows][columns + 1];
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * rows;
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.y) * columns;
@@ -152,26 +151,13 @@ unsigned tiles(std::int64_t size, int of) {
   return static_cast<unsigned>((size + of - 1) / of);
 }
 
-template <int rows, int columns>
-void launch_product(const LowRankProduct& product, void* stream) {
-  launch("low_rank_product", product_kernel<rows, columns>,
-         {dim3(tiles(product.m, rows), tiles(product.n, columns)), dim3(kThreads)},
-         static_cast<cudaStream_t>(stream), product);
-}
-
 }  // namespace
 
-// One side of each product is a rank: a tile is as narrow there.
 void low_rank_product(const LowRankProduct& product, void* stream) {
-  if (product.m == 0 || product.n == 0) {
-    return;
-  }
-  if (product.n <= 2 * kAcross) {
-    launch_product<64, 16>(product, stream);
-  } else if (product.m <= 2 * kAcross) {
-    launch_product<16, 64>(product, stream);
-  } else {
-    launch_product<64, 64>(product, stream);
+  if (product.m > 0 && product.n > 0) {
+    launch("low_rank_product", product_kernel,
+           {dim3(tiles(product.m, kRows), tiles(product.n, kColumns)), dim3(kThreads)},
+           static_cast<cudaStream_t>(stream), product);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string_view>
 
 #include <pthread.h>
@@ -118,6 +119,24 @@ class Gate {
   }
 };
 
+std::vector<std::uint64_t> all_of(dim3 grid) {
+  std::vector<std::uint64_t> blocks(volume(grid));
+  std::iota(blocks.begin(), blocks.end(), std::uint64_t{0});
+  return blocks;
+}
+
+std::vector<std::uint64_t> corners_of(dim3 grid) {
+  std::set<std::uint64_t> blocks{volume(grid) / 2};
+  for (const std::uint64_t z : {0u, grid.z - 1}) {
+    for (const std::uint64_t y : {0u, grid.y - 1}) {
+      for (const std::uint64_t x : {0u, grid.x - 1}) {
+        blocks.insert((z * grid.y + y) * grid.x + x);
+      }
+    }
+  }
+  return {blocks.begin(), blocks.end()};
+}
+
 }  // namespace
 
 void Machine::launch(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
@@ -132,8 +151,7 @@ void Machine::launch(const char* kernel, dim3 grid, dim3 block, std::size_t shar
   memory_->start_launch(shared_bytes);
   note_main_stack();
   finding_ = {};
-  std::vector<std::uint64_t> blocks(volume(grid));
-  std::iota(blocks.begin(), blocks.end(), std::uint64_t{0});
+  std::vector<std::uint64_t> blocks = options().corners ? corners_of(grid) : all_of(grid);
   arrange(blocks);
   for (const std::uint64_t number : blocks) {
     run_block(number);

@@ -49,18 +49,28 @@ void Memory::add(void* at, std::size_t bytes, std::string name, bool defined) {
   region->begin = address_of(at);
   region->end = region->begin + bytes;
   region->name = std::move(name);
-  region->cells = cells_for(bytes);
+  if (!options().corners) {
+    region->cells = cells_for(bytes);
+  }
   regions_[region->begin] = std::move(region);
   if (defined) {
     define(at, bytes);
   }
 }
 
-void Memory::define(const void* at, std::size_t bytes) {
+Region& Memory::expect(const void* at, std::size_t bytes, const std::string& who) {
   Region* region = find(address_of(at));
   if (region == nullptr || address_of(at) + bytes > region->end) {
-    throw Fault("out of bounds", "the host writes " + std::to_string(bytes) + " bytes at " +
-                                     describe(address_of(at)));
+    throw Fault("out of bounds",
+                who + " " + std::to_string(bytes) + " bytes at " + describe(address_of(at)));
+  }
+  return *region;
+}
+
+void Memory::define(const void* at, std::size_t bytes) {
+  Region* const region = &expect(at, bytes, "the host writes");
+  if (region->cells.empty()) {
+    return;
   }
   const std::size_t first = (address_of(at) - region->begin) / kCellBytes;
   const std::size_t end = (address_of(at) + bytes - region->begin + kCellBytes - 1) / kCellBytes;
@@ -156,6 +166,9 @@ void Memory::access(std::uintptr_t at, std::size_t bytes, bool write, bool atomi
       return;
     }
     Machine::instance().stop(access);
+  }
+  if (region->cells.empty()) {
+    return;
   }
   const Stamp stamp{interval_, static_cast<std::uint32_t>(pc - program_base()), time_,
                     static_cast<std::uint16_t>(thread.number), atomic};
@@ -314,6 +327,9 @@ void define_memory(const void* at, std::size_t bytes) {
 }
 void remove_memory(void* at) {
   Machine::instance().memory().remove(at);
+}
+void expect_memory(const void* at, std::size_t bytes, const char* name) {
+  Machine::instance().memory().expect(at, bytes, std::string(name) + " has");
 }
 void* dynamic_shared_memory() {
   return Machine::instance().memory().dynamic_shared();

@@ -42,7 +42,7 @@ struct Region {
   std::uintptr_t begin = 0, end = 0;
   std::string name;
   bool shared = false;
-  std::vector<Cell> cells;
+  std::vector<Cell> cells;  // none: only its bounds are known
 };
 
 class Memory {
@@ -51,6 +51,7 @@ class Memory {
 
   void add(void* at, std::size_t bytes, std::string name, bool defined);
   void define(const void* at, std::size_t bytes);
+  Region& expect(const void* at, std::size_t bytes, const std::string& who);
   void remove(void* at);
 
   void start_launch(std::size_t shared_bytes);

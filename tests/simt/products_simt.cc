@@ -14,6 +14,16 @@ std::int64_t matmul_workspace_bytes() {
   return 64;  // the shim keeps a record of every byte
 }
 
+namespace {
+
+void expect_matrix(const char* name, const void* at, std::int64_t rows, std::int64_t columns,
+                   std::int64_t stride, DType dtype) {
+  const auto elements = static_cast<std::size_t>((rows - 1) * stride + columns);
+  simt::expect_memory(at, elements * size_bytes(dtype), name);
+}
+
+}  // namespace
+
 void matmul(const TileShape& s, const void* a, const void* b, void* c, const void* bias,
             void* workspace, void*) {
   ensure(s.m > 0 && s.n > 0 && s.k > 0, "the product has elements");
@@ -26,6 +36,15 @@ void matmul(const TileShape& s, const void* a, const void* b, void* c, const voi
          "the bias has the dtype of the output");
   ensure(!(s.bias && s.accumulate), "no bias with a sum");
   ensure(reinterpret_cast<std::uintptr_t>(workspace) % 64 == 0, "the workspace is aligned");
+  expect_matrix("A", a, s.transpose_a ? s.k : s.m, s.transpose_a ? s.m : s.k, s.lda, s.inputs);
+  expect_matrix("B", b, s.transpose_b ? s.n : s.k, s.transpose_b ? s.k : s.n, s.ldb, s.inputs);
+  expect_matrix("C", c, s.m, s.n, s.ldc, s.output);
+  if (bias != nullptr) {
+    expect_matrix("the bias", bias, 1, s.n, s.n, s.output);
+  }
+  if (simt::options().corners) {
+    return;
+  }
   const testing::DeviceMemory::Access access;
   const auto product = tile_product(s);
   std::vector<char> scratch(static_cast<std::size_t>(product->scratch_bytes()) + 64);

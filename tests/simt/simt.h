@@ -76,6 +76,10 @@ struct Options {
   Order order = Order::ascending;
   unsigned seed = 1;  // of the shuffle
   bool check = true;  // false: only run, twice to four times as fast
+  // For sizes that a host cannot compute: of each launch only the blocks at the corners of the grid
+  // and in its middle run, and of device memory that is added meanwhile only bounds and alignment
+  // are checked. What kernels compute then means nothing.
+  bool corners = false;
   std::size_t max_shared_bytes = std::size_t{227} << 10;
   void (*gate)(bool open) = nullptr;  // called before and after each launch
 };
@@ -92,6 +96,8 @@ struct Fault : std::runtime_error {
 void add_memory(void* at, std::size_t bytes, std::string name, bool defined);
 void define_memory(const void* at, std::size_t bytes);  // the host has written here
 void remove_memory(void* at);
+// Throws Fault unless all of it lies in one piece of device memory.
+void expect_memory(const void* at, std::size_t bytes, const char* name);
 
 using Body = void (*)(const void* call);
 // One launch, done when it returns. Throws Fault.

@@ -1,4 +1,5 @@
-// The products are the library's; what they take is made row by row in a workspace.
+// The products are the library's; what they take is made in a workspace, some rows at a time. Of
+// ops alone, so for every device.
 #include <algorithm>
 #include <functional>
 
@@ -11,12 +12,24 @@
 #include "kernels/matmul.h"
 #include "kernels/matrix.h"
 
-namespace reprise::kernels::cpu {
+namespace reprise::kernels::products {
 namespace {
 
 // A multiple of 4: a mask has four elements to a block of random words.
 constexpr std::int64_t kChunkRows = 512;
 constexpr std::int64_t kNormRows = 128;
+// On a cuda device: enough work for a launch, and most of it stays in the cache of the device.
+constexpr std::int64_t kChunkBytesOnCuda = std::int64_t{32} << 20;
+
+// Rows that are made at a time, of `width` elements each.
+std::int64_t chunk_rows(std::int64_t width, DType dtype, Device device) {
+  if (side_of(device) != DeviceKind::cuda || width == 0) {
+    return kChunkRows;
+  }
+  const std::int64_t rows =
+      kChunkBytesOnCuda / (width * static_cast<std::int64_t>(size_bytes(dtype)));
+  return std::max(rows / kChunkRows * kChunkRows, kChunkRows);
+}
 
 Tensor workspace(const Shape& shape, DType dtype, Device device) {
   return Tensor::empty(shape, dtype, device, MemoryKind::workspace);
@@ -44,17 +57,19 @@ void drop_rows(const Tensor& x, std::int64_t begin, const LowRankOptions& option
 }
 
 // run(begin, end) over rows in chunks.
-void each_chunk(std::int64_t rows, const std::function<void(std::int64_t, std::int64_t)>& run) {
-  for (std::int64_t begin = 0; begin < rows; begin += kChunkRows) {
-    run(begin, std::min(rows, begin + kChunkRows));
+void each_chunk(std::int64_t rows, std::int64_t chunk,
+                const std::function<void(std::int64_t, std::int64_t)>& run) {
+  for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+    run(begin, std::min(rows, begin + chunk));
   }
 }
 
 // The gradient of a small weight as a sum over chunks: in f32, and rounded at the end.
 class ChunkedSum {
  public:
-  ChunkedSum(const LowRankGradient& to, std::int64_t rows) : to_(to), sum_(to.tensor) {
-    if (to.tensor.defined() && to.tensor.dtype() == DType::bf16 && rows > kChunkRows) {
+  ChunkedSum(const LowRankGradient& to, std::int64_t rows, std::int64_t chunk)
+      : to_(to), sum_(to.tensor) {
+    if (to.tensor.defined() && to.tensor.dtype() == DType::bf16 && rows > chunk) {
       sum_ = workspace(to.tensor.shape(), DType::f32, to.tensor.device());
       apart_ = true;
     }
@@ -91,8 +106,9 @@ void low_rank(const Tensor& x, const Tensor& a, const LowRankOptions& options, c
   if (options.probability == 0 && x.dtype() == a.dtype()) {
     kernels::matmul(rows, a, result, {.transpose_b = true});
   } else {
-    const Tensor work = workspace({std::min(count, kChunkRows), in}, a.dtype(), x.device());
-    each_chunk(count, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t chunk = chunk_rows(in, a.dtype(), x.device());
+    const Tensor work = workspace({std::min(count, chunk), in}, a.dtype(), x.device());
+    each_chunk(count, chunk, [&](std::int64_t begin, std::int64_t end) {
       const Tensor part = rows_of(work, 0, end - begin);
       drop_rows(rows_of(rows, begin, end), begin, options, part);
       kernels::matmul(part, a, rows_of(result, begin, end), {.transpose_b = true});
@@ -118,7 +134,8 @@ void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
   if (direct && to.defined()) {
     kernels::matmul(scaled, a, to, {.accumulate = dx.accumulate});
   }
-  ChunkedSum sum(da, direct ? std::min(count, std::int64_t{1}) : count);
+  const std::int64_t chunk = chunk_rows(in, a.dtype(), x.device());
+  ChunkedSum sum(da, direct ? std::min(count, std::int64_t{1}) : count, chunk);
   if (direct) {
     if (sum.wanted() && count > 0) {
       sum.add(scaled, as_matrix(x));
@@ -127,8 +144,8 @@ void low_rank_backward(const Tensor& du, const Tensor& x, const Tensor& a,
   }
   // On x only its layout may be read where A needs no gradient.
   const Tensor rows = sum.wanted() ? as_matrix(x) : Tensor();
-  const Tensor work = workspace({std::min(count, kChunkRows), in}, a.dtype(), x.device());
-  each_chunk(count, [&](std::int64_t begin, std::int64_t end) {
+  const Tensor work = workspace({std::min(count, chunk), in}, a.dtype(), x.device());
+  each_chunk(count, chunk, [&](std::int64_t begin, std::int64_t end) {
     const Tensor part = rows_of(work, 0, end - begin), upstream = rows_of(scaled, begin, end);
     if (sum.wanted()) {
       drop_rows(rows_of(rows, begin, end), begin, options, part);
@@ -164,7 +181,8 @@ void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
   const Tensor rows = as_matrix(dz);
   const Tensor to = du.tensor.defined() ? as_matrix(du.tensor) : Tensor();
   const bool direct = dz.dtype() == b.dtype();
-  ChunkedSum sum(db, direct ? std::min(count, std::int64_t{1}) : count);
+  const std::int64_t chunk = chunk_rows(b.size(0), b.dtype(), dz.device());
+  ChunkedSum sum(db, direct ? std::min(count, std::int64_t{1}) : count, chunk);
   const Tensor left = sum.wanted() ? as_matrix(u) : Tensor();
   const auto step = [&](const Tensor& part, std::int64_t begin, std::int64_t end) {
     if (to.defined()) {
@@ -180,8 +198,8 @@ void add_low_rank_backward(const Tensor& dz, const Tensor& u, const Tensor& b,
     }
     return;
   }
-  const Tensor work = workspace({std::min(count, kChunkRows), b.size(0)}, b.dtype(), dz.device());
-  each_chunk(count, [&](std::int64_t begin, std::int64_t end) {
+  const Tensor work = workspace({std::min(count, chunk), b.size(0)}, b.dtype(), dz.device());
+  each_chunk(count, chunk, [&](std::int64_t begin, std::int64_t end) {
     const Tensor part = rows_of(work, 0, end - begin);
     kernels::cast(rows_of(rows, begin, end), part);
     step(part, begin, end);
@@ -206,4 +224,4 @@ void merged_norms(const Tensor& w, bool in_out, const Tensor& a, const Tensor& b
   }
 }
 
-}  // namespace reprise::kernels::cpu
+}  // namespace reprise::kernels::products
