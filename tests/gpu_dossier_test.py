@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = ["stage1.json", "stage2.json", "stage3.json", "stage4.json", "targets.json", "curve.json", "curve.svg", "summary.md"]
@@ -102,6 +103,8 @@ def end_to_end(build, folder):
     for row in curve.values():
         assert row["tokens_per_s"] > 0 and row["peak_bytes"] == row["planned"] > 0, row
     assert all((second / name).stat().st_size > 0 for name in FILES)
+    circles = [node for node in xml.etree.ElementTree.parse(second / "curve.svg").iter() if node.tag.endswith("circle")]
+    assert len(circles) == 2 * len(curve), len(circles)  # two models
     commit = done["graphs"]["versions"]["commit"]
     assert all(commit in (second / name).read_text() for name in FILES)
     again = dossier(build, second, archive)
