@@ -2,7 +2,7 @@
 
 import html
 
-WIDTH, HEIGHT, LEFT, TOP, BELOW = 560, 360, 70, 40, 50
+WIDTH, HEIGHT, LEFT, TOP, BELOW = 660, 360, 70, 40, 50
 COLOURS = {"reprise": "#1f5fbf", "pytorch": "#c2531c"}
 
 
@@ -28,8 +28,8 @@ def panel(name, rows, offset):
         x, y = at(memory, ms)
         peer, _, label = cell.partition(" ")
         text.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOURS[peer]}"/><text x="{x + 5:.1f}" y="{y - 4:.1f}" fill="{COLOURS[peer]}">{number}</text>')
-        left, down = LEFT + list(COLOURS).index(peer) * 240, HEIGHT + 10 + 13 * lines[peer]
-        text.append(f'<text x="{left}" y="{down}" fill="{COLOURS[peer]}">{number}  {peer} {label}: {memory:.2f} GiB, {ms:.1f} ms</text>')
+        left, down = LEFT + list(COLOURS).index(peer) * 290, HEIGHT + 10 + 13 * lines[peer]
+        text.append(f'<text x="{left}" y="{down}" font-size="10" fill="{COLOURS[peer]}">{number}  {peer} {label}: {memory:.2f} GiB, {ms:.1f} ms</text>')
         lines[peer] += 1
     return text + ["</g>"]
 
@@ -38,7 +38,8 @@ def curves(models, origin):
     """A panel a model, and below them where the numbers are from."""
     parts = [line for at, (name, rows) in enumerate(models.items()) for line in panel(name, rows, at * WIDTH)]
     width = WIDTH * max(1, len(models))
-    height = HEIGHT + 13 * max((len(rows) for rows in models.values()), default=0) + 30
+    longest = max((sum(cell.startswith(peer) for cell in rows) for rows in models.values() for peer in COLOURS), default=0)
+    height = HEIGHT + 13 * longest + 30
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
     below = f'<text x="{LEFT}" y="{height - 8}" fill="#666" font-size="8">{html.escape(origin)}</text>'
     return "\n".join([head, f'<rect width="{width}" height="{height}" fill="#fff"/>', *parts, below, "</svg>"]) + "\n"
