@@ -57,8 +57,10 @@ __device__ __forceinline__ Sums<rows, columns> tile_sums(const LowRankProduct& p
     load_part<rows>(product.left, row, product.m, k, product.k, left);
     load_part<columns>(product.right, column, product.n, k, product.k, right);
     __syncthreads();
+    const std::int64_t rest = product.k - k;
+    const int depth = rest < kDepth ? static_cast<int>(rest) : kDepth;
 #pragma unroll 8
-    for (int d = 0; d < kDepth; ++d) {
+    for (int d = 0; d < depth; ++d) {
 #pragma unroll
       for (int i = 0; i < rows / kAcross; ++i) {
 #pragma unroll

@@ -12,6 +12,7 @@
 #include "autograd/dry_run.h"
 #include "core/cuda_device.h"
 #include "distributed/reducer.h"
+#include "kernels/low_rank.h"
 #include "kernels/reduce.h"
 #include "nn/lora.h"
 #include "nn/models/gpt2.h"
@@ -284,6 +285,37 @@ TEST_F(Devices, SampledTextAndEvaluation) {
         sample_text(dynamic_cast<nn::LanguageModel&>(*run.model), "a", 6, 8, 1.0, generator);
   }
   EXPECT_EQ(text[0], text[1]);
+}
+
+// A width of which a device makes 512 rows at a time.
+TEST_F(Devices, LoraInSeveralPieces) {
+  const Unchecked faster;
+  constexpr std::int64_t kRows = 516, kWidth = 16384, kRank = 4;
+  const auto numbers = [](std::int64_t rows, std::int64_t columns, std::int64_t step) {
+    std::vector<float> values(static_cast<std::size_t>(rows * columns));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<float>(static_cast<std::int64_t>(i) * step % 13 - 6) / 64;
+    }
+    return Tensor::from(values, {rows, columns});
+  };
+  const Tensor x = numbers(kRows, kWidth, 5), a = numbers(kRank, kWidth, 7),
+               du = numbers(kRows, kRank, 3);
+  const kernels::LowRankOptions options{.scale = 2, .probability = 0.25, .seed = 3, .offset = 9};
+  std::vector<float> u[2], da[2];
+  for (const bool device : {false, true}) {
+    const Device place = device ? kDevice : cpu;
+    const Tensor to = Tensor::empty({kRows, kRank}, DType::f32, place),
+                 gradient = Tensor::empty({kRank, kWidth}, DType::f32, place);
+    kernels::low_rank(x.to(place), a.to(place), options, to);
+    kernels::low_rank_backward(du.to(place), x.to(place), a.to(place), options, {}, {gradient});
+    u[device] = to.to_vector<float>();
+    da[device] = gradient.to_vector<float>();
+  }
+  for (const auto& [ours, theirs] : {std::pair(u[1], u[0]), std::pair(da[1], da[0])}) {
+    for (std::size_t i = 0; i < ours.size(); ++i) {
+      ASSERT_NEAR(ours[i], theirs[i], 1e-4) << i;
+    }
+  }
 }
 
 TEST_F(Devices, TensorsWithAnyStrides) {

@@ -296,12 +296,22 @@ __global__ void votes(float* out, const float* in) {
   out[threadIdx.x] = right ? 1.0f : 0.0f;
 }
 
+// Right for small grids only.
+__global__ void index_of_32_bits(float* out, const float* in) {
+  const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  out[i] = in[threadIdx.x];
+}
+
 template <auto kernel, unsigned blocks, unsigned threads, std::size_t shared_bytes>
 void start(float* out, const float* in) {
   launch("planted", kernel, {dim3(blocks), dim3(threads), shared_bytes}, nullptr, out, in);
 }
 
 }  // namespace
+
+void start_wide(float* out, const float* in, unsigned blocks) {
+  launch("planted", index_of_32_bits, {dim3(blocks), dim3(kThreads)}, nullptr, out, in);
+}
 
 #define PLANTED(kind, kernel, blocks, threads, shared_bytes)       \
   Planted {                                                        \

@@ -19,4 +19,7 @@ inline void PrintTo(const Planted& planted, std::ostream* out) {
 }
 std::vector<Planted> planted_faults();
 
+// Blocks of 64 threads, of which each writes its element of `out`, by an index that has 32 bits.
+void start_wide(float* out, const float* in, unsigned blocks);
+
 }  // namespace simt

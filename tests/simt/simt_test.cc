@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include "tests/simt/faults.h"
 
@@ -100,6 +101,36 @@ TEST(Correct, BlockSumAddsAllThreads) {
   // in[i] = i: the sum over 64 threads of in[t], in[t + 1] and in[t + 2].
   EXPECT_EQ(std::count(sums.begin(), sums.end(), 3 * (63 * 64 / 2) + 64.0f * (0 + 1 + 2)),
             kElements);
+}
+
+// 2^31 + 64 elements: addresses, of which the corners' blocks make a few real.
+TEST(Corners, FindAnIndexThatIsTooNarrow) {
+  constexpr std::size_t kBlocks = (std::size_t{1} << 25) + 1, kBytes = kBlocks * 64 * sizeof(float);
+  void* const out = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(out, MAP_FAILED);
+  const Buffer in("in", true);
+  options().corners = true;
+  add_memory(out, kBytes, "out", false);
+  auto* const elements = static_cast<float*>(out);
+  EXPECT_NO_THROW(start_wide(elements, in.begin(), kBlocks - 1));
+  EXPECT_EQ(elements[64 * (kBlocks - 1) - 1], 63);  // the last block of that grid has run,
+  EXPECT_EQ(elements[64], 0);                       // the second one has not
+  try {
+    start_wide(elements, in.begin(), kBlocks);
+    ADD_FAILURE() << "nothing was found";
+  } catch (const Fault& fault) {
+    EXPECT_EQ(fault.kind, "out of bounds") << fault.what();
+  }
+  remove_memory(out);
+  options() = {};
+  munmap(out, kBytes);
+}
+
+TEST(Memory, WhatALibraryIsGivenLiesInOneTensor) {
+  const Buffer in("in", true);
+  EXPECT_NO_THROW(expect_memory(in.begin(), kElements * sizeof(float), "A"));
+  EXPECT_THROW(expect_memory(in.begin() + 1, kElements * sizeof(float), "A"), Fault);
 }
 
 TEST(Reports, NameBothSidesOfARace) {

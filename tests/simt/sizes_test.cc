@@ -8,6 +8,14 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/accumulate.h"
+#include "kernels/activation.h"
+#include "kernels/adamw.h"
+#include "kernels/dropout.h"
+#include "kernels/elementwise.h"
+#include "kernels/embedding.h"
+#include "kernels/norm.h"
+#include "kernels/reduce.h"
 #include "nn/lora.h"
 #include "nn/models/model.h"
 #include "nn/weights/json.h"
@@ -26,7 +34,7 @@ class Sizes : public ::testing::Test {
   void TearDown() override { simt::options().corners = false; }
 };
 
-struct Shape {
+struct Job {
   const char* config;  // of bench/configs/
   const char* layers;  // the config's line of them, and another
   const char* fewer;
@@ -35,19 +43,18 @@ struct Shape {
   bool lora = false;
 };
 
-void train(const Shape& shape) {
-  std::string text =
-      *read_text(std::string(REPRISE_SOURCE_DIR "/bench/configs/") + shape.config, 1);
-  const std::size_t at = text.find(shape.layers);
+void train(const Job& job) {
+  std::string text = *read_text(std::string(REPRISE_SOURCE_DIR "/bench/configs/") + job.config, 1);
+  const std::size_t at = text.find(job.layers);
   ASSERT_NE(at, std::string::npos);
-  text.replace(at, std::string(shape.layers).size(), shape.fewer);
-  auto json = nn::JsonReader::parse(text, shape.config);
+  text.replace(at, std::string(job.layers).size(), job.fewer);
+  auto json = nn::JsonReader::parse(text, job.config);
   ASSERT_TRUE(json.ok()) << json.status();
-  auto built = nn::build_model(*json, {kDevice, shape.dtype});
+  auto built = nn::build_model(*json, {kDevice, job.dtype});
   ASSERT_TRUE(built.ok()) << built.status();
   nn::Model& model = **built;
   Generator generator{5, 0};
-  if (shape.lora) {
+  if (job.lora) {
     nn::LoraConfig lora;
     lora.rank = 16;
     lora.dropout = 0.1;
@@ -55,11 +62,36 @@ void train(const Shape& shape) {
     nn::add_lora(model, lora, generator);
   }
   nn::Batch batch;
-  batch.ids = batch.labels = Tensor::zeros({shape.rows, shape.tokens}, DType::i64, kDevice);
+  batch.ids = batch.labels = Tensor::zeros({job.rows, job.tokens}, DType::i64, kDevice);
   TrainerOptions options{.adamw = {}, .max_norm = 1, .policies = Policies::named("inputs-only")};
-  options.adamw.master_weights = shape.dtype == DType::bf16;
+  options.adamw.master_weights = job.dtype == DType::bf16;
   Trainer trainer(model, generator, std::move(options));
   (void)trainer.step(batch, 1e-4);
+}
+
+// 2^31 and some elements in 32800 rows; gradients of a table of as many.
+TEST_F(Sizes, MoreElementsThan32BitsCount) {
+  const Shape shape{32800, 65536};
+  const auto tensor = [&](DType dtype) { return Tensor::empty(shape, dtype, kDevice); };
+  const Tensor x = tensor(DType::bf16), y = tensor(DType::bf16), wide = tensor(DType::f32);
+  kernels::dropout(x, 0.1, 1, 2, y);
+  kernels::cast(x, wide);
+  kernels::accumulate(wide, x);
+  kernels::mul(x, y, y);
+  kernels::activation(kernels::Activation::gelu_tanh, x, y);
+  kernels::gated_silu(x, x, y);
+  const Tensor weight = Tensor::empty({shape[1]}, DType::bf16, kDevice);
+  const Tensor scales = Tensor::empty({shape[0]}, DType::f32, kDevice);
+  kernels::rms_norm(x, weight, 1e-5, y, scales);
+  kernels::bias_gradient(x, weight, false);
+  const Tensor total = Tensor::empty({1}, DType::f32, kDevice);
+  kernels::squared_norms({&wide, 1}, total);
+  kernels::scale_all({&wide, 1}, 0.5);
+  const kernels::AdamWTensor step{.value = x, .gradient = y, .m = wide, .v = wide, .master = wide};
+  kernels::adamw({&step, 1}, kernels::AdamWSettings());
+  const Tensor ids = Tensor::zeros({100}, DType::i64, kDevice);
+  const Tensor rows = Tensor::empty({100, shape[1]}, DType::bf16, kDevice);
+  kernels::embedding(ids, x, rows);
 }
 
 TEST_F(Sizes, Gpt2Of124MOn32Rows) {
