@@ -156,6 +156,15 @@ def limits(folder):
     assert longer.needs(cut) > 2, longer.needs(cut)
     assert session_of(folder, 2).work([cut]) in (0, 1)
 
+    # A build goes on where it was ended.
+    endless = argparse.Namespace(args=argparse.Namespace(build="/nowhere", python="python3", prefix="", dry=False))
+    endless.program = lambda command: (_ for _ in ()).throw(subprocess.TimeoutExpired(command, 1))
+    try:
+        checks.build(endless)
+        raise AssertionError("a build that was ended counts as one")
+    except run.Left:
+        pass
+
     # A whole session was not enough: it has failed, and the dossier comes to an end.
     hopeless = run.Item(1, "hopeless", 1.0, sleeps)
     session = session_of(folder, 2)

@@ -5,10 +5,11 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 
 from . import machine
 from .programs import Programs, flags
-from .run import Item
+from .run import Item, Left
 
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 # What the host of a card says that does not let the sanitizers in.
@@ -25,7 +26,10 @@ def build(session):
         configure.append(f"-DCMAKE_PREFIX_PATH={session.args.prefix}")
     programs = Programs(session.args).targets
     for command in [configure, ["cmake", "--build", folder, "-j", os.cpu_count(), "--target", *programs]]:
-        done = session.program(command)
+        try:
+            done = session.program(command)
+        except subprocess.TimeoutExpired as error:
+            raise Left() from error  # what is compiled stays
         if done.returncode != 0:
             return {"status": "failed", "error": (done.stdout + done.stderr)[-3000:], "command": [str(word) for word in command]}
     return {"status": "ok", "generator": generator, "programs": programs}
@@ -38,6 +42,8 @@ def no_device(session):
     shape = {"batch": 1, "tokens": 8, "width": 32, "inner": 48, "samples": 1, "least-ms": 0, "only": "copy"}
     try:
         done = session.program([Programs(session.args).kernels, "--device", "cuda", *flags(shape)], 100)
+    except (Left, subprocess.TimeoutExpired):
+        return "the device did not copy 512 bytes before the time was up"
     except OSError as error:
         return f"{error}: build the preset device, or name a folder of tools/pack_device by --build"
     return "" if done.returncode == 0 else (done.stderr or done.stdout).strip()[-1500:]

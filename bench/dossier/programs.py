@@ -17,6 +17,9 @@ class Programs:
         self.op_cases = shim / "op_cases_simt_test" if args.dry else build / "tests/op_cases_test"
         self.steps_test = shim / "device_simt_test" if args.dry else build / "tests/device_test"
 
+    def used(self):
+        return [self.reprise, self.step, self.kernels, self.op_cases, self.steps_test]
+
 
 def flags(options):
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
