@@ -31,7 +31,7 @@ namespace reprise::bench {
 namespace {
 
 struct Options {
-  std::string place = "cpu", dtype = "bf16";
+  std::string place = "cpu", dtype = "bf16", only;
   std::int64_t batch = 2, tokens = 32, width = 64, inner = 128, heads = 4, kv_heads = 2,
                head_size = 16, vocabulary = 512;
   double least_ms = 30;  // a sample takes at least this long
@@ -58,22 +58,29 @@ class Kernels {
   explicit Kernels(const Options& options) : o_(options) {}
 
   nlohmann::json run() {
-    copy();
-    norms();
-    activations();
-    rotation();
-    losses();
-    optimizer();
-    attention();
-    products();
+    part({"copy"}, [&] { copies(); });
+    part({"rms_norm", "layer_norm"}, [&] { norms(); });
+    part({"gated_silu", "gelu_tanh"}, [&] { activations(); });
+    part({"rope"}, [&] { rotation(); });
+    part({"cross_entropy", "linear_cross_entropy", "full_logits_cross_entropy"}, [&] { losses(); });
+    part({"adamw"}, [&] { optimizer(); });
+    part({"attention"}, [&] { attention(); });
+    part({"matmul"}, [&] { products(); });
     return rows_;
   }
 
  private:
   Tensor drawn(const Shape& shape) { return drawn(shape, o_.type()); }
   Tensor drawn(const Shape& shape, DType dtype) {
-    const Tensor x = Tensor::empty(shape, dtype, o_.device);
-    nn::fill_normal(x, 1.0, generator_);
+    const Tensor x = Tensor::empty(shape, dtype, o_.device), flat = x.reshape({shape.numel()});
+    // The host draws: a part, of which the rest are copies.
+    std::int64_t drawn = std::min<std::int64_t>(shape.numel(), std::int64_t{1} << 22);
+    nn::fill_normal(flat.slice(0, 0, drawn), 1.0, generator_);
+    while (drawn < shape.numel()) {
+      const std::int64_t next = std::min(shape.numel(), 2 * drawn);
+      flat.slice(0, drawn, next).copy_from(flat.slice(0, 0, next - drawn));
+      drawn = next;
+    }
     return x;
   }
   Tensor numbers(const Shape& shape, std::int64_t limit) {
@@ -84,9 +91,21 @@ class Kernels {
     return Tensor::from(values, shape, o_.device);
   }
 
+  // Nothing is drawn for kernels that are not asked for.
+  void part(const std::vector<std::string>& stems, const std::function<void()>& run) {
+    if (std::ranges::any_of(stems, [&](const std::string& stem) {
+          return o_.only.starts_with(stem) || stem.starts_with(o_.only);
+        })) {
+      run();
+    }
+  }
+
   // The median of several samples, each of as many calls as fill the time.
   void time(const std::string& name, std::int64_t bytes, std::int64_t flops,
             const std::function<void()>& call) {
+    if (!name.starts_with(o_.only)) {
+      return;
+    }
     call();
     const double once = std::max(1e-4, ms_of(call, 2, o_.device) / 2);
     const int times = static_cast<int>(std::clamp(o_.least_ms / once, 1.0, 2000.0));
@@ -103,9 +122,17 @@ class Kernels {
                      {"flops", flops}});
   }
 
-  void copy() {
-    const Tensor x = drawn({o_.rows(), o_.width}), y = drawn(x.shape());
-    time("copy", 2 * x.bytes(), 0, [&] { y.copy_from(x); });
+  // Of the sizes that the kernels below have: what fits a cache is copied faster.
+  void copies() {
+    copy("copy", {o_.rows(), o_.width});
+    copy("copy_inner", {o_.rows(), o_.inner});
+    copy("copy_logits", {loss_rows(), o_.vocabulary});
+    copy("copy_table", {o_.vocabulary, o_.width * 8});
+  }
+  void copy(const std::string& name, const Shape& shape) {
+    const Tensor x = Tensor::full(shape, o_.type(), 0.5, o_.device);
+    const Tensor y = Tensor::empty(shape, o_.type(), o_.device);
+    time(name, 2 * x.bytes(), 0, [&] { y.copy_from(x); });
   }
 
   void norms() {
@@ -146,9 +173,11 @@ class Kernels {
     time("rope", 2 * x.bytes(), 0, [&] { kernels::rope(x, positions, frequencies, {}, y); });
   }
 
+  // Logits of a part of the batch: those of all would not fit beside a model either.
+  std::int64_t loss_rows() const { return std::min<std::int64_t>(o_.rows(), 4096); }
+
   void losses() {
-    // Logits of a part of the batch: those of all would not fit beside a model either.
-    const std::int64_t rows = std::min<std::int64_t>(o_.rows(), 4096);
+    const std::int64_t rows = loss_rows();
     const Tensor labels = numbers({rows}, o_.vocabulary);
     const Tensor loss = drawn({}, DType::f32), one = Tensor::full({}, DType::f32, 1, o_.device);
     {
@@ -161,11 +190,31 @@ class Kernels {
     }
     const Tensor x = drawn({rows, o_.width}), w = drawn({o_.vocabulary, o_.width});
     const Tensor dx = drawn(x.shape()), dw = drawn(w.shape());
+    const std::int64_t flops = 6 * rows * o_.width * o_.vocabulary;
+    time_with_memory("linear_cross_entropy", flops,
+                     [&] { kernels::linear_cross_entropy(x, w, labels, loss, dx, dw); });
+    // The same from our own kernels, with the logits whole.
+    time_with_memory("full_logits_cross_entropy", flops, [&] {
+      const Tensor logits = Tensor::empty({rows, o_.vocabulary}, o_.type(), o_.device);
+      const Tensor lse = Tensor::empty({rows}, DType::f32, o_.device);
+      kernels::matmul(x, w, logits, {.transpose_b = true});
+      kernels::cross_entropy(logits, labels, loss, lse);
+      kernels::cross_entropy_backward(one, logits, labels, lse, logits);
+      kernels::matmul(logits, w, dx);
+      kernels::matmul(logits, x, dw, {.transpose_a = true});
+    });
+  }
+
+  // Also what it took beside its inputs and gradients.
+  void time_with_memory(const std::string& name, std::int64_t flops,
+                        const std::function<void()>& call) {
     allocator(o_.device).reset_peak();
     const std::int64_t before = allocator(o_.device).report().live_bytes;
-    time("linear_cross_entropy", 0, 6 * rows * o_.width * o_.vocabulary,
-         [&] { kernels::linear_cross_entropy(x, w, labels, loss, dx, dw); });
-    rows_.back()["extra_bytes"] = allocator(o_.device).report().peak_bytes - before;
+    const std::size_t rows = rows_.size();
+    time(name, 0, flops, call);
+    if (rows_.size() > rows) {
+      rows_.back()["extra_bytes"] = allocator(o_.device).report().peak_bytes - before;
+    }
   }
 
   void optimizer() {
@@ -244,6 +293,7 @@ int main(int argc, char** argv) {
   app.add_option("--head-size", options.head_size)->check(CLI::PositiveNumber);
   app.add_option("--vocabulary", options.vocabulary)->check(CLI::PositiveNumber);
   app.add_option("--least-ms", options.least_ms);
+  app.add_option("--only", options.only, "The kernels whose name begins so");
   app.add_option("--samples", options.samples)->check(CLI::PositiveNumber);
   CLI11_PARSE(app, argc, argv);
   try {

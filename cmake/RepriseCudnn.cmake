@@ -1,5 +1,6 @@
 # cuDNN's headers, where its library lies, and cudnn_frontend (headers only), which builds its
-# graphs. Sets REPRISE_HAS_CUDNN and makes reprise_cudnn. The library itself is loaded at run time.
+# graphs. Sets REPRISE_HAS_CUDNN, REPRISE_CUDNN_INCLUDES and REPRISE_CUDNN_FOLDERS, for the one file that calls it.
+# The library itself is loaded at run time.
 #
 # cudnn_frontend is taken from REPRISE_CUDNN_FRONTEND (a folder with cudnn_frontend.h), an installed
 # one, or the wheel of PyPI, downloaded into the build folder with pip.
@@ -40,7 +41,7 @@ function(reprise_download_cudnn_frontend result)
 endfunction()
 
 find_path(REPRISE_CUDNN_INCLUDE cudnn.h
-  HINTS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/nvidia/cudnn/include)
+  HINTS ${CUDAToolkit_INCLUDE_DIRS} ${site_packages}/nvidia/cudnn ${REPRISE_PYTHON_NVIDIA} PATH_SUFFIXES include)
 find_path(REPRISE_CUDNN_FRONTEND_INCLUDE cudnn_frontend.h
   HINTS ${REPRISE_CUDNN_FRONTEND} ${site_packages}/include)
 mark_as_advanced(REPRISE_CUDNN_INCLUDE REPRISE_CUDNN_FRONTEND_INCLUDE)
@@ -59,7 +60,8 @@ else()
   set(REPRISE_HAS_CUDNN ON)
   # Folders in which the libraries were seen, after those of the loader.
   find_file(REPRISE_CUDNN_FILE NAMES libcudnn.so.9
-    HINTS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/nvidia/cudnn/lib ${REPRISE_CUDNN_INCLUDE}/../lib)
+    HINTS ${CUDAToolkit_LIBRARY_DIR} ${site_packages}/nvidia/cudnn ${REPRISE_PYTHON_NVIDIA} ${REPRISE_CUDNN_INCLUDE}/..
+    PATH_SUFFIXES lib)
   mark_as_advanced(REPRISE_CUDNN_FILE)
   set(folders ${CUDAToolkit_LIBRARY_DIR})
   if(REPRISE_CUDNN_FILE)
@@ -67,9 +69,6 @@ else()
     list(PREPEND folders ${folder})
   endif()
   list(REMOVE_DUPLICATES folders)
-  list(JOIN folders ":" folders)
-  add_library(reprise_cudnn INTERFACE)
-  target_include_directories(reprise_cudnn SYSTEM INTERFACE ${frontend} ${REPRISE_CUDNN_INCLUDE})
-  target_compile_definitions(reprise_cudnn INTERFACE REPRISE_CUDNN_FOLDERS="${folders}")
-  target_link_libraries(reprise_cudnn INTERFACE ${CMAKE_DL_LIBS})
+  list(JOIN folders ":" REPRISE_CUDNN_FOLDERS)
+  set(REPRISE_CUDNN_INCLUDES ${frontend} ${REPRISE_CUDNN_INCLUDE})
 endif()

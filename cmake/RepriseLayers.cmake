@@ -5,6 +5,9 @@ set(REPRISE_LAYERS core kernels autograd nn distributed train)
 function(reprise_sources layer result)
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/${layer}/*.cc)
   list(FILTER sources EXCLUDE REGEX "/train/main\\.cc$")
+  if(NOT REPRISE_HAS_MPI)
+    list(FILTER sources EXCLUDE REGEX "/comm_mpi\\.cc$")
+  endif()
   if(REPRISE_CUDA)
     list(FILTER sources EXCLUDE REGEX "/cuda_device_absent\\.cc$")
     file(GLOB_RECURSE cuda CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/${layer}/*.cu)
@@ -81,9 +84,13 @@ if(REPRISE_CUDA)
     ${PROJECT_SOURCE_DIR}/kernels/matmul.cu ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu
     PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
   if(REPRISE_HAS_CUDNN)
-    target_link_libraries(reprise_kernels PRIVATE $<BUILD_INTERFACE:reprise_cudnn>)
-    set_property(SOURCE ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu
-      APPEND PROPERTY COMPILE_DEFINITIONS REPRISE_HAS_CUDNN=1 NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING=1)
+    target_link_libraries(reprise_kernels PRIVATE ${CMAKE_DL_LIBS})
+    # Folders of a build in every command would keep fresh clones from what is in ccache.
+    set_property(SOURCE ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu APPEND PROPERTY COMPILE_DEFINITIONS
+      REPRISE_HAS_CUDNN=1 NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING=1 REPRISE_CUDNN_FOLDERS="${REPRISE_CUDNN_FOLDERS}")
+    foreach(folder ${REPRISE_CUDNN_INCLUDES})
+      set_property(SOURCE ${PROJECT_SOURCE_DIR}/kernels/attention_cudnn.cu APPEND PROPERTY COMPILE_OPTIONS -isystem${folder})
+    endforeach()
   endif()
   foreach(layer core kernels)
     target_compile_options(reprise_${layer} PRIVATE

@@ -1,11 +1,12 @@
 """From the items that are there: a file a stage, the targets as a table, a summary and the curve."""
 
-import json
+import math
 import statistics
 
-from . import items, machine, plot
+from . import checks, kernels, machine, plot, steps
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 with SXM
+COPIES = ["copy", "copy_inner", "copy_logits", "copy_table"]
 BANDWIDTH_KERNELS = ["rms_norm", "rms_norm_backward", "layer_norm", "layer_norm_backward", "gated_silu", "gated_silu_backward", "rope", "adamw", "cross_entropy", "cross_entropy_backward"]
 
 
@@ -45,9 +46,9 @@ class Results:
         return rows
 
     def kernels(self, shape, dtype):
-        """{kernel: {"reprise": row, "pytorch": row}}"""
+        """{kernel: {"reprise": row, "pytorch": row, "reprise-searched": row, "reprise-tiled": row}}"""
         both = {}
-        for peer in ["reprise", "pytorch"]:
+        for peer in ["reprise", "pytorch", *(f"reprise-{variant}" for variant in kernels.VARIANTS)]:
             result = self.ok(f"kernels/{shape}/{dtype}/{peer}").get(f"kernels/{shape}/{dtype}/{peer}")
             for row in result["result"]["rows"] if result else []:
                 both.setdefault(row["kernel"], {})[peer] = row
@@ -63,10 +64,29 @@ def ratio(a, b):
     return a / b if a is not None and b else None
 
 
+def share_bad(results, prefix):
+    """How many of these items failed; None while one is left or was not run."""
+    mine = [result for key, result in results.by_key.items() if key.startswith(prefix)]
+    failed = sum(result is not None and result["status"] == "failed" for result in mine)
+    return failed if mine and (failed or all(result and result["status"] == "ok" for result in mine)) else None
+
+
+def check_targets(results):
+    yield "op rows on the device: parts that failed", "<=", 0, share_bad(results, "op_rows/"), 1
+    yield "whole steps and other tests: programs that failed", "<=", 0, share_bad(results, "tests/"), 1
+    for dtype in ["f32", "bf16"]:
+        yield f"parity, {dtype}, every policy: parts that failed", "<=", 0, share_bad(results, f"parity/{dtype}/"), 1
+    yield "graph capture on and off: losses that differ", "<=", 0, share_bad(results, "graphs"), 1
+    for tool in checks.SANITIZERS:
+        yield f"compute-sanitizer {tool}: parts that failed", "<=", 0, share_bad(results, f"sanitizer/{tool}/"), 1
+
+
 def step_targets(results):
     wanted = {"gpt2-124m": (1.25, 0.48, 1.19), "llama-1.2b": (1.15, 0.58, None), "llama-8b-lora": (1.08, 0.60, 1.36), "llama-8b-8-layers": (1.08, 0.60, 1.26)}
     for model, (speed, utilisation, replay) in wanted.items():
         rows = results.steps(model)
+        equal = results.by_key.get(f"steps/{model}/losses") or {}
+        yield f"losses over 20 steps, {model}: relative to PyTorch's", "<=", 0.01, equal.get("worst"), 3
         ours, theirs = best(rows, "reprise"), best(rows, "pytorch")
         yield f"tokens/s, {model}: of the best PyTorch cell", ">=", speed, ratio(ours, theirs), 3
         shares = [row["utilisation"] for name, row in rows.items() if name.startswith("reprise") and row["utilisation"]]
@@ -80,13 +100,21 @@ def step_targets(results):
         yield f"driver's bytes, {model}: of planned bytes, without the context", "<=", 1.03, ratio(row.get("driver_bytes") or None, row.get("planned")), 3
 
 
+def copy_rate(rows, wanted_bytes):
+    """Bytes a millisecond of the plain copy whose size is nearest."""
+    copies = [rows[name]["reprise"] for name in COPIES if "reprise" in rows.get(name, {})]
+    if not copies or not wanted_bytes:
+        return None
+    nearest = min(copies, key=lambda row: abs(math.log(row["bytes"] / wanted_bytes)))
+    return nearest["bytes"] / nearest["ms"]
+
+
 def kernel_targets(results):
-    for shape in items.KERNELS:
+    for shape in kernels.SHAPES:
         rows = results.kernels(shape, "bf16")
-        rate = lambda row: row["bytes"] / row["ms"] if row else None
-        copy = rate(rows.get("copy", {}).get("reprise"))
         for name in BANDWIDTH_KERNELS:
-            yield f"{name}, {shape}: of copy bandwidth", ">=", 0.88, ratio(rate(rows.get(name, {}).get("reprise")), copy), 2
+            row = rows.get(name, {}).get("reprise")
+            yield f"{name}, {shape}: of copy bandwidth", ">=", 0.88, ratio(row and row["bytes"] / row["ms"], row and copy_rate(rows, row["bytes"])), 2
         for name in ["attention", "attention_backward"]:
             cudnn = (rows.get(f"{name}_cudnn", {}).get("pytorch") or {}).get("ms")
             yield f"{name}, {shape}: speed of cuDNN called alone", ">=", 0.95, ratio(cudnn, (rows.get(name, {}).get("reprise") or {}).get("ms")), 2
@@ -96,10 +124,11 @@ def kernel_targets(results):
         yield f"fused linear cross entropy, {shape}: its extra memory", "<=", 0.07, ratio(*extra), 2
 
 
-def targets(results):
+def targets(results, dry=False):
+    """A dry run answers nothing: all of its targets wait for a device."""
     table = []
-    for what, sign, wanted, value, stage in [*step_targets(results), *kernel_targets(results)]:
-        met = None if value is None else value >= wanted if sign == ">=" else value <= wanted
+    for what, sign, wanted, value, stage in [*check_targets(results), *step_targets(results), *kernel_targets(results)]:
+        met = None if value is None or dry else value >= wanted if sign == ">=" else value <= wanted
         table.append({"target": what, "sign": sign, "wanted": wanted, "value": value, "stage": stage, "verdict": "waiting" if met is None else "pass" if met else "miss"})
     return table
 
@@ -112,8 +141,17 @@ def stage_text(results, stage):
     for item in mine:
         result = results.by_key[item.key]
         if result and result["status"] != "ok":
-            lines.append(f"- {item.key}: {result['status']}: {' '.join(result.get('error', '').split())[:200]}")
+            lines.append(f"- {item.key}: {result['status']}: {' '.join(result.get('error', '').split())[-200:]}")
     return [*lines, ""]
+
+
+def graph_text(results):
+    """What a launch-bound step takes with and without a captured graph."""
+    result = results.by_key.get("graphs")
+    if not result or result["status"] != "ok":
+        return []
+    ms = {name: statistics.median(result[name]["step_ms"]) for name in ["without", "with"]}
+    return [f"A step of one row: {ms['without']:.2f} ms, as a captured graph {ms['with']:.2f} ms; losses equal bit by bit.", ""]
 
 
 def step_text(results, model):
@@ -131,14 +169,15 @@ def kernel_text(results, shape, dtype):
     rows = results.kernels(shape, dtype)
     if not rows:
         return []
-    lines = [f"### {shape}, {dtype}", "", "| kernel | ours | GB/s | TFLOP/s | PyTorch | ratio |", "|---|---|---|---|---|---|"]
+    lines = [f"### {shape}, {dtype}", "", "| kernel | ours | GB/s | TFLOP/s | PyTorch | ratio | best candidate | tiled |", "|---|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         ours, theirs = row.get("reprise"), row.get("pytorch")
         peer = theirs["ms"] if theirs and theirs["ms"] else None
+        others = " | ".join(f"{row[key]['ms']:.4f} ms" if key in row else "" for key in ["reprise-searched", "reprise-tiled"])
         if ours:
-            lines.append(kernel_line(name, ours, peer))
+            lines.append(f"{kernel_line(name, ours, peer)} | {others} |")
         elif peer:
-            lines.append(f"| {name} | | | | {peer:.4f} ms | |")
+            lines.append(f"| {name} | | | | {peer:.4f} ms | | {others} |")
     return [*lines, ""]
 
 
@@ -146,7 +185,36 @@ def kernel_line(name, ours, peer):
     rate = f"{ours['bytes'] / ours['ms'] / 1e6:.0f}" if ours["bytes"] else ""
     speed = f"{ours['flops'] / ours['ms'] / 1e9:.1f}" if ours["flops"] else ""
     beside = f"{peer:.4f} ms | {peer / ours['ms']:.2f}" if peer else " | "
-    return f"| {name} | {ours['ms']:.4f} ms | {rate} | {speed} | {beside} |"
+    return f"| {name} | {ours['ms']:.4f} ms | {rate} | {speed} | {beside}"
+
+
+def origin(session, state):
+    versions = session.versions
+    changed = ", with changes" if versions["changed"] else ""
+    return f"Commit {versions['commit']}{changed}; {machine.told(state)}; {versions['nvcc']}; sanitizer {versions['sanitizer']}; peers {versions['peers']}; {versions['cpu']}, {versions['cores']} cores, Linux {versions['kernel']}."
+
+
+def summary(session, results, table, curves, state):
+    lines = ["# Dossier" + (" (dry: no numbers of a device)" if session.args.dry else ""), "", origin(session, state), ""]
+    lines += ["Clocks and temperature stand in each item's file, before and after it.", "", "| target | wanted | value | |", "|---|---|---|---|"]
+    for row in table:
+        value = "" if row["value"] is None else f"{row['value']:.3f}"
+        lines.append(f"| {row['target']} | {row['sign']} {row['wanted']} | {value} | {row['verdict']} |")
+    lines.append("")
+    for stage in [1, 2, 3, 4]:
+        lines += stage_text(results, stage)
+        if stage == 1:
+            lines += graph_text(results)
+        if stage == 2:
+            for shape in kernels.TINY_SHAPES if session.args.dry else kernels.SHAPES:
+                for dtype in ["bf16", "f32"]:
+                    lines += kernel_text(results, shape, dtype)
+        if stage == 3:
+            for model in curves:
+                lines += step_text(results, model)
+        if stage == 4:
+            lines += ["Memory against time: `curve.svg`, its numbers: `curve.json`.", ""]
+    return "\n".join(lines) + "\n"
 
 
 def write(session, all_items):
@@ -155,27 +223,10 @@ def write(session, all_items):
     head = {"versions": session.versions, "card": state, "dry": session.args.dry}
     for stage in [1, 2, 3, 4]:
         mine = {item.key: results.by_key[item.key] for item in all_items if item.stage == stage}
-        (session.out / f"stage{stage}.json").write_text(json.dumps({**head, "items": mine}, indent=1) + "\n")
-    table = targets(results)
-    (session.out / "targets.json").write_text(json.dumps({**head, "targets": table}, indent=1) + "\n")
-    models = items.TINY_MODELS if session.args.dry else items.MODELS
-    curves = {model: results.steps(model) for model in models}
-    (session.out / "curve.json").write_text(json.dumps({**head, "models": curves}, indent=1) + "\n")
-    (session.out / "curve.svg").write_text(plot.curves(curves))
-    lines = ["# Dossier" + (" (dry: no numbers of a device)" if session.args.dry else ""), ""]
-    lines += [f"Commit {session.versions['commit']}{', with changes' if session.versions['changed'] else ''}; {state.get('name', 'no card')}, driver {state.get('driver_version', '-')}; peers {session.versions['peers'] or 'none'}.", ""]
-    lines += ["| target | wanted | value | |", "|---|---|---|---|"]
-    for row in table:
-        value = "" if row["value"] is None else f"{row['value']:.3f}"
-        lines.append(f"| {row['target']} | {row['sign']} {row['wanted']} | {value} | {row['verdict']} |")
-    lines.append("")
-    for stage in [1, 2, 3, 4]:
-        lines += stage_text(results, stage)
-        if stage == 2:
-            for shape in items.TINY_KERNELS if session.args.dry else items.KERNELS:
-                for dtype in ["bf16", "f32"]:
-                    lines += kernel_text(results, shape, dtype)
-        if stage == 4:
-            for model in models:
-                lines += step_text(results, model)
-    (session.out / "summary.md").write_text("\n".join(lines) + "\n")
+        session.keep(session.out / f"stage{stage}.json", {**head, "items": mine})
+    table = targets(results, session.args.dry)
+    session.keep(session.out / "targets.json", {**head, "targets": table})
+    curves = {model: results.steps(model) for model in steps.models(session)}
+    session.keep(session.out / "curve.json", {**head, "models": curves})
+    (session.out / "curve.svg").write_text(plot.curves(curves, origin(session, state)))
+    (session.out / "summary.md").write_text(summary(session, results, table, curves, state))

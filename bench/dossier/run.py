@@ -1,9 +1,11 @@
-"""Items of work, done at most once each and kept as files."""
+"""Items of work, done at most once each and kept as files, within a time that the session never passes."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,35 +14,41 @@ from typing import Callable
 
 from . import machine
 
+HIGHEST_LIMIT = 500  # seconds of an item: a machine's command may take ten minutes, with its start and the copies
+
 
 @dataclasses.dataclass
 class Item:
     stage: int
-    key: str  # "parity/f32/gpt2", also the name of its file
-    seconds: float  # about, with room
+    key: str  # "parity/f32/part1", also the name of its file
+    seconds: float  # about: the session does not begin it with less left
     call: Callable  # of the session: {"status": "ok" | "failed" | "not run", ...}
+    rank: int = 50  # lower ones first: what is worth most
+    limit: float = HIGHEST_LIMIT  # it is ended then, and has failed
+    before: Callable = None  # of the session: seconds more that this machine needs first
+
+
+class Left(Exception):
+    """The session's time was up before the item's own limit."""
 
 
 class Session:
     def __init__(self, args, root):
         self.args, self.root = args, root
         self.start = time.monotonic()
+        self.end = self.start + 60 * args.minutes
+        self.deadline, self.ends_session = self.end, True  # of the item that is being done
+        self.begun = 0
         self.out = pathlib.Path(args.out)
         self.scratch = pathlib.Path(args.scratch)
         self.out.mkdir(parents=True, exist_ok=True)
-        if args.archive and os.path.exists(args.archive):
-            with tarfile.open(args.archive) as archive:
-                archive.extractall(self.out, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(self.out)
-        self.versions = machine.versions(args.python, root)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.unpack()
+        self.unpack_programs()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        folders = [str(pathlib.Path(args.build) / "lib"), *self.library_folders()]
-        self.environment["LD_LIBRARY_PATH"] = ":".join([*folders, os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
-        self.has_peers = not args.no_peers and bool(self.versions["peers"])
-
-    def library_folders(self):
-        """Where PyTorch's packages put NVIDIA's libraries."""
-        code = "import nvidia, os; print(':'.join(os.path.join(p, d, 'lib') for p in nvidia.__path__ for d in os.listdir(p)))"
-        return machine.text_of([self.args.python, "-c", code]).split(":")
+        self.environment["LD_LIBRARY_PATH"] = ":".join([*machine.library_folders(args.python), os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
+        self.versions = machine.versions(args.python, root, pathlib.Path(args.build))
+        self.has_peers = not args.no_peers and "torch" in self.versions["peers"]
 
     def file(self, item):
         return self.out / "items" / (item.key + ".json")
@@ -53,54 +61,116 @@ class Session:
         return result is not None and not (self.args.again and result["status"] == "failed")
 
     def seconds_left(self):
-        return 60 * self.args.minutes - (time.monotonic() - self.start)
+        return self.end - time.monotonic()
+
+    # What an item that was cut short got: it is not begun again with as little.
+    def cut_file(self, item):
+        return self.out / "cut" / (item.key + ".json")
+
+    def needs(self, item):
+        seconds = item.seconds + (item.before(self) if item.before else 0)
+        if self.cut_file(item).exists():
+            seconds = max(seconds, 1.5 * json.loads(self.cut_file(item).read_text())["seconds"])
+        return min(seconds, item.limit, 0.95 * (self.end - self.start)) if self.args.minutes else seconds
+
+    def keep(self, path, content):
+        """Whole or not at all, also when this process is killed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
 
     def work(self, items):
-        """Number of items that are left."""
-        for at, item in enumerate(items):
-            if self.done(item):
+        """Number of items that are left. Passes over those that need more time than there is, for shorter ones."""
+        for item in items:
+            if self.done(item) or self.seconds_left() < self.needs(item):
                 continue
-            if self.seconds_left() < item.seconds:
-                return sum(not self.done(other) for other in items[at:])
             before, start = machine.card_state(), time.monotonic()
+            self.deadline = min(start + item.limit, self.end)
+            # One that had a session for itself and did not end will not in the next one.
+            self.ends_session = self.deadline < start + item.limit and self.begun > 0
+            self.begun += 1
             try:
                 result = item.call(self)
+            except Left:
+                self.keep(self.cut_file(item), {"seconds": time.monotonic() - start})
+                print(f"    left  {item.key}  cut after {time.monotonic() - start:.1f} s", flush=True)
+                continue
             except subprocess.TimeoutExpired as error:
-                result = {"status": "failed", "error": f"no end within {error.timeout:.0f} s", "command": error.cmd}
+                result = {"status": "failed", "error": f"no end within {error.timeout:.0f} s", "command": [str(word) for word in error.cmd]}
             except Exception as error:  # an item that breaks must not take the others along
                 result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             result.update(
                 key=item.key, stage=item.stage, seconds=time.monotonic() - start, versions=self.versions,
                 card={"before": before, "after": machine.card_state()},
             )  # fmt: skip
-            self.file(item).parent.mkdir(parents=True, exist_ok=True)
-            self.file(item).write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{result['status']:>8}  {item.key}  {result['seconds']:.1f} s  {result.get('error', '')[:200]}", flush=True)
-        return 0
+            self.keep(self.file(item), result)
+            self.pack()
+            print(f"{result['status']:>8}  {item.key}  {result['seconds']:.1f} s  {' '.join(result.get('error', '').split())[-200:]}", flush=True)
+        return sum(not self.done(item) for item in items)
 
-    def program(self, command, timeout, environment=None):
-        """Runs it in the tree; never raises for an exit code."""
-        return subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, timeout=timeout, cwd=self.root,
-            env={**self.environment, **(environment or {})}, stdin=subprocess.DEVNULL, errors="replace",
+    def program(self, command, timeout=HIGHEST_LIMIT, environment=None):
+        """Runs it in the tree; never raises for an exit code. It ends, with all that it started, at the item's or the
+        session's end."""
+        command = [str(word) for word in command]
+        left = self.deadline - time.monotonic()
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.root, errors="replace",
+            env={**self.environment, **(environment or {})}, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=max(0.0, min(timeout, left)))
+        except subprocess.TimeoutExpired as error:
+            if left < timeout and self.ends_session:
+                raise Left() from error
+            raise subprocess.TimeoutExpired(command, min(timeout, left)) from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def json_of(self, command, timeout, environment=None):
+    def json_of(self, command, timeout=HIGHEST_LIMIT, environment=None):
         """The last line of the output as JSON, in a result."""
         done = self.program(command, timeout, environment)
-        said = {"command": [str(word) for word in command], "exit_code": done.returncode}
+        said = {"command": [str(word) for word in command], "exit_code": done.returncode, "environment": environment or {}}
         if done.returncode != 0:
             return {"status": "failed", "error": (done.stderr or done.stdout)[-1500:], **said}
         return {"status": "ok", "result": json.loads(done.stdout.strip().splitlines()[-1]), **said}
 
+    def unpack_programs(self):
+        """Of tools/pack_device, once a machine."""
+        packed = pathlib.Path(self.args.build) / "programs.tar.xz"
+        if not packed.exists():
+            return
+        folder = self.scratch / ("programs-" + hashlib.sha256(packed.read_bytes()).hexdigest()[:16])
+        if not folder.exists():
+            temporary = folder.with_name(folder.name + ".new")
+            temporary.mkdir(exist_ok=True)
+            done = subprocess.run(["tar", "-xJf", str(packed), "-C", str(temporary)], capture_output=True, text=True)
+            if done.returncode != 0:
+                sys.exit(f"{packed}: {done.stderr.strip()}")
+            temporary.rename(folder)
+        self.args.build = str(folder)
+
+    def unpack(self):
+        if not self.args.archive or not os.path.exists(self.args.archive):
+            return
+        try:
+            with tarfile.open(self.args.archive) as archive:
+                archive.extractall(self.out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        except (tarfile.TarError, EOFError, OSError) as error:
+            sys.exit(f"{self.args.archive}: no archive of a dossier ({error}); move it away to begin anew")
+
     def pack(self):
-        if self.args.archive:
-            temporary = self.args.archive + ".new"
-            with tarfile.open(temporary, "w:gz") as archive:
-                for path in sorted(self.out.rglob("*")):
-                    if path.is_file():
-                        archive.add(path, path.relative_to(self.out))
-            os.replace(temporary, self.args.archive)
+        if not self.args.archive:
+            return
+        temporary = self.args.archive + ".new"
+        with tarfile.open(temporary, "w:gz") as archive:
+            for path in sorted(self.out.rglob("*")):
+                if path.is_file() and path.suffix != ".new":
+                    archive.add(path, path.relative_to(self.out))
+        os.replace(temporary, self.args.archive)
 
 
 if sys.version_info < (3, 9):

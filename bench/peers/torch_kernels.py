@@ -93,7 +93,7 @@ class Kernels:
         a, N = self.a, self.a.batch * self.a.tokens
         x, y = self.drawn(N, a.width), self.drawn(N, a.width)
         weight, bias = self.drawn(a.width), self.drawn(a.width)
-        self.time("copy", lambda t, s: t.copy_(s), y, x, compile=False)
+        self.copies(N)
         rms = lambda t, w: F.rms_norm(t, (a.width,), w, 1e-5)
         layer = lambda t, w, b: F.layer_norm(t, (a.width,), w, b, 1e-5)
         self.time("rms_norm", rms, x, weight)
@@ -115,6 +115,12 @@ class Kernels:
         self.attention()
         self.products(N)
         return self.rows
+
+    def copies(self, N):
+        a = self.a
+        for name, shape in {"copy": (N, a.width), "copy_inner": (N, a.inner), "copy_logits": (min(N, 4096), a.vocabulary), "copy_table": (a.vocabulary, a.width * 8)}.items():
+            x = torch.full(shape, 0.5, device=a.device, dtype=self.dtype)
+            self.time(name, lambda t, s: t.copy_(s), torch.empty_like(x), x, compile=False)
 
     def rope(self):
         a = self.a
@@ -138,21 +144,33 @@ class Kernels:
         self.time("cross_entropy", loss, logits, labels)
         self.backward("cross_entropy_backward", lambda t: loss(t, labels), logits)
         del logits
-        x, w = self.drawn(rows, a.width).requires_grad_(), self.drawn(a.vocabulary, a.width).requires_grad_()
-        whole = lambda t, v, l: torch.autograd.grad(loss(F.linear(t, v), l), [t, v])
-        extra = 0
-        if self.on_gpu:
-            whole(x, w, labels)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            whole(x, w, labels)
-            extra = torch.cuda.max_memory_allocated() - before
+        self.full_logits(loss, self.drawn(rows, a.width), self.drawn(a.vocabulary, a.width), labels)
+
+    def full_logits(self, loss, x, w, labels):
+        """Both forms with what they take beside inputs and gradients, as bench/device_kernels.cc counts it."""
+        x, w = x.requires_grad_(), w.requires_grad_()
         forward = lambda t, v, l: loss(F.linear(t, v), l)
-        compiled = None if a.no_compile else torch.compile(forward, dynamic=False)
-        times = {"eager": self.sample(lambda: whole(x, w, labels))}
-        if compiled:
-            times["compiled"] = self.sample(lambda: torch.autograd.grad(compiled(x, w, labels), [x, w]))
-        self.rows.append({"kernel": "linear_cross_entropy", "ms": min(times.values()), "forms": times, "extra_bytes": extra})
+        forms = {"eager": forward}
+        if not self.a.no_compile:
+            forms["compiled"] = torch.compile(forward, dynamic=False)
+        times, extra, more = {}, {}, {}
+        for form, run in forms.items():
+            try:
+                whole = lambda: torch.autograd.grad(run(x, w, labels), [x, w])
+                times[form] = self.sample(whole)
+                extra[form] = self.extra_bytes(whole, x.nbytes + w.nbytes)
+            except Exception as error:
+                more[f"{form}_error"] = str(error)[:300]
+        best = min(times, key=times.get) if times else None
+        self.rows.append({"kernel": "linear_cross_entropy", "ms": times.get(best), "forms": times, "extra_bytes": extra.get(best, 0), "extra_bytes_of": extra, **more})
+
+    def extra_bytes(self, call, gradients):
+        if not self.on_gpu:
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before - gradients
 
     def optimizer(self):
         value = torch.nn.Parameter(self.drawn(self.a.vocabulary, self.a.width, dtype=torch.float32))
@@ -161,18 +179,31 @@ class Kernels:
         self.time("adamw", optimizer.step, compile=False, note="float32 values and states, no copy in the dtype of the model")
 
     def attention(self):
+        """PyTorch's choice, and cuDNN's and flash attention called alone. Where a kernel does not take grouped heads, it
+        is given as many as there are queries' (copied before the time is taken)."""
         a = self.a
         q = self.drawn(a.batch, a.heads, a.tokens, a.head_size)
         k, v = (self.drawn(a.batch, a.kv_heads, a.tokens, a.head_size) for _ in range(2))
-        backends = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-        for backend, kind in backends.items() if self.on_gpu else [("default", None)]:
-            def forward(q, k, v):
-                with sdpa_kernel(kind) if kind is not None else contextlib.nullcontext():
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=a.heads != a.kv_heads)
+        backends = {"": None, "_cudnn": SDPBackend.CUDNN_ATTENTION, "_flash": SDPBackend.FLASH_ATTENTION}
+        for suffix, kind in backends.items() if self.on_gpu else [("", None)]:
+            self.attention_by(suffix, kind, q, k, v)
 
-            suffix = "" if backend == "default" else f"_{backend}"
-            self.time(f"attention{suffix}", forward, q, k, v, compile=False)
-            self.backward(f"attention_backward{suffix}", forward, q, k, v, compile=False)
+    def attention_by(self, suffix, kind, q, k, v, note=""):
+        grouped = q.shape[1] != k.shape[1]
+
+        def forward(q, k, v):
+            with sdpa_kernel(kind) if kind is not None else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+        try:
+            forward(q, k, v)
+        except RuntimeError as error:
+            if grouped:
+                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+                return self.attention_by(suffix, kind, q, k, v, f"heads copied: {str(error)[:200]}")
+        more = {"note": note} if note else {}
+        self.time(f"attention{suffix}", forward, q, k, v, compile=False, **more)
+        self.backward(f"attention_backward{suffix}", forward, q, k, v, compile=False, **more)
 
     def products(self, N):
         a = self.a

