@@ -341,6 +341,10 @@ CudaBytes cuda_bytes(Device device) {
   return {static_cast<std::int64_t>(free_bytes), static_cast<std::int64_t>(total_bytes)};
 }
 
+int cuda_wait(void* stream) {
+  return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+}
+
 void* cuda_stream(Device device) {
   const cudaStream_t stream = stream_of(device);
   cuda_check("cuda", cudaSetDevice(device.index));

@@ -54,6 +54,8 @@ CudaBytes cuda_bytes(Device device);
 // The cudaStream_t on which kernels and copies of the device run. Makes the device current on this
 // thread, as a launch on that stream wants it.
 void* cuda_stream(Device device);
+// Waits for a stream; returns the cudaError_t of what was given to it, and throws nothing.
+int cuda_wait(void* stream);
 // Throws Error with the runtime's text, naming the operation, unless `status` (a cudaError_t) is
 // success.
 void cuda_check(const char* operation, int status);

@@ -49,6 +49,9 @@ DeviceFault* cuda_fault_word(Device) {
 void* cuda_stream(Device) {
   absent();
 }
+int cuda_wait(void*) {
+  absent();
+}
 void cuda_check(const char*, int) {
   absent();
 }

@@ -128,19 +128,20 @@ __global__ void __launch_bounds__(kThreads)
     ascending = ascending && (i == 0 || numbers[i - 1] < number);
   }
   first = block_smallest(first);
-  DeviceFault found;
-  if (first != kNone) {
-    found = {sites.range, first, numbers[first], rows, 0};
-  } else if (__syncthreads_and(ascending ? 1 : 0) == 0) {  // `first` is the same for all threads
+  std::int64_t again = kNone;
+  if (first == kNone && __syncthreads_and(ascending ? 1 : 0) == 0) {  // `first` is one for all
     const std::int64_t twice = smallest_twice(numbers, count);
     if (twice != kNone) {
-      const std::int64_t once = position_of(numbers, count, twice, 0);
-      const std::int64_t again = position_of(numbers, count, twice, once + 1);
-      found = {sites.twice, once, twice, rows, again};
+      first = position_of(numbers, count, twice, 0);
+      again = position_of(numbers, count, twice, first + 1);
     }
   }
-  if (threadIdx.x == 0 && found.site != 0 && word->site == 0) {
-    *word = found;
+  if (threadIdx.x == 0 && first != kNone && word->site == 0) {
+    word->site = again == kNone ? sites.range : sites.twice;
+    word->index = first;
+    word->value = numbers[first];
+    word->limit = rows;
+    word->other = again == kNone ? 0 : again;
   }
 }
 

@@ -47,11 +47,11 @@ double Trainer::forward_backward(const nn::Batch& batch) {
 }
 
 double Trainer::forward_backward(std::span<const nn::Batch> micro_batches, double scale) {
-  return explained(micro_batches, [&] { return sweeps(micro_batches, scale); });
+  return explained(micro_batches, false, [&] { return sweeps(micro_batches, scale); });
 }
 
 // A device without memory for a step: says which policies would fit, too.
-double Trainer::explained(std::span<const nn::Batch> micro_batches,
+double Trainer::explained(std::span<const nn::Batch> micro_batches, bool updates,
                           const std::function<double()>& step) {
   try {
     return step();
@@ -59,9 +59,9 @@ double Trainer::explained(std::span<const nn::Batch> micro_batches,
     if (sharding_ != nullptr || error.device() != parameters_.front()->value().device()) {
       throw;
     }
-    throw OutOfMemory(
-        error.what() + what_fits(model_, options_, micro_batches, error.available_bytes()),
-        error.device(), error.available_bytes());
+    throw OutOfMemory(error.what() + what_fits(model_, options_, micro_batches,
+                                               {updates, steps_ > 0}, error.available_bytes()),
+                      error.device(), error.available_bytes());
   }
 }
 
@@ -122,7 +122,7 @@ double Trainer::step(const nn::Batch& batch, double learning_rate) {
 }
 
 double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale) {
-  return explained(micro_batches, [&] {
+  return explained(micro_batches, true, [&] {
     if (graph_ != nullptr) {
       return graph_step(micro_batches, learning_rate, scale);
     }

@@ -97,7 +97,8 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
-  double explained(std::span<const nn::Batch> micro_batches, const std::function<double()>& step);
+  double explained(std::span<const nn::Batch> micro_batches, bool updates,
+                   const std::function<double()>& step);
   double sweeps(std::span<const nn::Batch> micro_batches, double scale);
   double sweep(const nn::Batch& batch, double scale, bool last);
   BackwardOptions sweep_options(double scale);

@@ -70,7 +70,7 @@ absl::StatusOr<std::unique_ptr<nn::Model>> model_on_meta(nn::Model& model) {
 }
 
 std::vector<PolicyBytes> bytes_of_policies(nn::Model& on_meta, const TrainerOptions& options,
-                                           std::span<const nn::Batch> micro_batches,
+                                           std::span<const nn::Batch> micro_batches, StepKind kind,
                                            DeviceKind device, std::int64_t others_bytes) {
   const DryRunFor stands_for(device);
   std::vector<nn::Batch> batches;
@@ -82,12 +82,14 @@ std::vector<PolicyBytes> bytes_of_policies(nn::Model& on_meta, const TrainerOpti
   dry.policies = Policies::named("inputs-only");
   Trainer trainer(on_meta, generator, std::move(dry));
   trainer.hooks.unreached = [](const std::vector<Parameter*>&) {};
-  (void)trainer.step(batches, 1e-4, 1);  // the optimizer has its states from here on
+  if (kind.updates || kind.states) {
+    (void)trainer.step(batches, 1e-4, 1);  // the optimizer has its states from here on
+  }
   std::vector<PolicyBytes> rows;
   for (const std::string& policy : Policies::names()) {
     trainer.set_policies(Policies::named(policy));
     allocator(meta).reset_peak();
-    (void)trainer.step(batches, 1e-4, 1);
+    (void)(kind.updates ? trainer.step(batches, 1e-4, 1) : trainer.forward_backward(batches, 1));
     rows.push_back({policy, allocator(meta).report().peak_bytes - others_bytes});
   }
   std::ranges::stable_sort(rows, {}, &PolicyBytes::peak_bytes);
@@ -95,7 +97,8 @@ std::vector<PolicyBytes> bytes_of_policies(nn::Model& on_meta, const TrainerOpti
 }
 
 std::string what_fits(nn::Model& model, const TrainerOptions& options,
-                      std::span<const nn::Batch> micro_batches, std::int64_t available_bytes) {
+                      std::span<const nn::Batch> micro_batches, StepKind kind,
+                      std::int64_t available_bytes) {
   const Device device = model.parameters().front()->value().device();
   const std::int64_t others_bytes = allocator(meta).report().live_bytes;
   std::vector<PolicyBytes> rows;
@@ -104,7 +107,7 @@ std::string what_fits(nn::Model& model, const TrainerOptions& options,
     if (!shadow.ok()) {
       return "";
     }
-    rows = bytes_of_policies(**shadow, options, micro_batches, device.kind, others_bytes);
+    rows = bytes_of_policies(**shadow, options, micro_batches, kind, device.kind, others_bytes);
   } catch (const Error&) {
     return "";  // the error that is being explained matters more
   }

@@ -10,6 +10,7 @@
 
 #include "core/arena.h"
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "core/error.h"
 #include "core/out_of_memory.h"
 #include "core/step_graph.h"
@@ -153,8 +154,14 @@ Streams& cuda_streams(Device device) {
 void* cuda_stream(Device device) {
   return cuda_streams(device).stream(StreamKind::compute);
 }
+int cuda_wait(void*) {
+  return std::exchange(DeviceMemory::instance().next_status, 0);
+}
 void cuda_check(const char* operation, int status) {
-  ensure(status == 0, "[{}] the shim has no status {}", operation, status);
+  if (status != 0) {
+    const std::string advice = cuda_advice(status);
+    fail(operation, "CUDA: status {}{}{}", status, advice.empty() ? "" : ": ", advice);
+  }
 }
 
 }  // namespace reprise

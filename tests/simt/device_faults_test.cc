@@ -11,6 +11,7 @@
 #include <gtest/gtest.h>
 
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "kernels/attention.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
@@ -19,6 +20,7 @@
 #include "kernels/tokens.h"
 #include "tests/error_of.h"
 #include "tests/op_case.h"
+#include "tests/simt/device_memory.h"
 
 namespace reprise::testing {
 namespace {
@@ -213,6 +215,45 @@ TEST(DeviceFaults, SitesAreTheSameForTheSameText_cuda) {
   EXPECT_EQ(error_of([&] { throw_fault(fault); }), "[another] of a test");
   EXPECT_EQ(fault.site, 0);
   throw_fault(fault);
+}
+
+// REPRISE_CUDA_CHECKED=1: the op itself throws.
+TEST(CheckedMode, WrongNumbersAreNamedByTheOp) {
+  if (!cuda_checked()) {
+    GTEST_SKIP() << "not in checked mode";
+  }
+  const Tensor table = drawn({5, 4});
+  EXPECT_EQ(error_of([&] {
+              kernels::embedding(of({0, 7}), table, f32({2, 4}));
+            }),
+            "[embedding] id at position 1 must be in [0, V) = [0, 5), got 7");
+  EXPECT_EQ(error_of([&] {
+              kernels::expect_distinct_rows("add_rows", of({1, 1}), 5, kDevice);
+            }),
+            "[add_rows] row 1 is chosen at positions 0 and 1, each row may be once");
+  const Tensor q = drawn({1, 2, 1, 8});
+  EXPECT_EQ(error_of([&] {
+              kernels::attention({q, q, q, {}, of({4, 3}).reshape({1, 2})}, f32({1, 2, 1, 8}),
+                                 f32({1, 1, 2}), {.scale = 1, .causal = true});
+            }),
+            "[attention] documents must not decrease along T, got 3 after 4 at [0, 1]");
+  EXPECT_EQ(found(), "no error");
+}
+
+TEST(CheckedMode, AFaultIsThatOfTheFusedAttentionThatMadeIt) {
+  if (!cuda_checked()) {
+    GTEST_SKIP() << "not in checked mode";
+  }
+  const Tensor q = draw_normal(3, {2, 5, 2, 8}, DType::bf16, kDevice);
+  const auto attend = [&] {
+    kernels::attention({q, q, q, {}, {}}, Tensor::empty(q.shape(), q.dtype(), kDevice),
+                       f32({2, 2, 5}), {.scale = 1, .causal = true});
+  };
+  DeviceMemory::instance().next_status = 700;
+  EXPECT_EQ(error_of(attend),
+            "[attention] CUDA: status 700, asked for q [2, 5, 2, 8], k and v [2, 5, 2, 8] by a "
+            "fused kernel");
+  EXPECT_EQ(error_of(attend), "no error");
 }
 
 TEST(Tokens, LabelsAndPositionsAreThoseOfTheCpu_cuda) {
