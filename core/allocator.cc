@@ -8,6 +8,7 @@
 #include "core/arena.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
 
 namespace reprise {
 namespace {
@@ -102,13 +103,18 @@ void* Allocator::allocate(std::size_t bytes, MemoryKind kind, bool real, std::ui
     fault_(bytes);
   }
   void* at = nullptr;
+  const auto explained = [&](const Error& error) {
+    return fmt::format("{}; wanted as {}{}{}; {}", error.what(), name(kind),
+                       label_ == 0 ? "" : " in ", labels_[label_],
+                       holders(live_bytes_, live_, labels_, live_by_label_));
+  };
   const auto take = [&](std::size_t count) {
     try {
       return source_.allocate(count);
+    } catch (const OutOfMemory& error) {
+      throw OutOfMemory(explained(error), error.device(), error.available_bytes() + live_bytes_);
     } catch (const Error& error) {
-      throw Error(fmt::format("{}; wanted as {}{}{}; {}", error.what(), name(kind),
-                              label_ == 0 ? "" : " in ", labels_[label_],
-                              holders(live_bytes_, live_, labels_, live_by_label_)));
+      throw Error(explained(error));
     }
   };
   if (real && bytes > 0) {

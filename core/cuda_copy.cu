@@ -2,6 +2,7 @@
 // allow: 16 bytes where rows lie together and are aligned, an element where they do not.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "core/cuda_device.h"
 #include "core/launch.cuh"
@@ -83,7 +84,64 @@ std::int64_t word_bytes(const void* to, const void* from, std::span<const CopyLo
   return bytes;
 }
 
+constexpr int kWordsALaunch = 256;
+struct Words {
+  std::uint32_t at[kWordsALaunch];
+};
+
+__global__ void __launch_bounds__(kWordsALaunch)
+    write_words(std::uint32_t* to, const __grid_constant__ Words words, int count) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < count) {
+    to[i] = words.at[i];
+  }
+}
+
+template <class Word>
+__global__ void __launch_bounds__(kThreads) fill(Word* to, Word value, std::int64_t count) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += step) {
+    to[i] = value;
+  }
+}
+
+template <class Word>
+void start_fill(void* to, const void* element, std::int64_t count, cudaStream_t stream) {
+  Word value;
+  std::memcpy(&value, element, sizeof value);
+  const std::int64_t blocks = std::min(kMostBlocks, (count + kThreads - 1) / kThreads);
+  launch("fill", &fill<Word>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)}, stream,
+         static_cast<Word*>(to), value, count);
+}
+
 }  // namespace
+
+void cuda_fill(void* to, Device device, std::int64_t count, const void* element,
+               std::size_t element_bytes) {
+  const auto stream = static_cast<cudaStream_t>(cuda_stream(device));
+  switch (element_bytes) {
+    case 2:
+      return start_fill<std::uint16_t>(to, element, count, stream);
+    case 4:
+      return start_fill<std::uint32_t>(to, element, count, stream);
+    default:
+      return start_fill<std::uint64_t>(to, element, count, stream);
+  }
+}
+
+void cuda_write(void* to, Device device, const void* from, std::size_t bytes) {
+  const auto stream = static_cast<cudaStream_t>(cuda_stream(device));
+  const std::size_t words = bytes / sizeof(std::uint32_t);
+  for (std::size_t first = 0; first < words; first += kWordsALaunch) {
+    const int count = static_cast<int>(std::min<std::size_t>(kWordsALaunch, words - first));
+    Words part = {};
+    std::memcpy(part.at, static_cast<const std::uint32_t*>(from) + first,
+                static_cast<std::size_t>(count) * sizeof(std::uint32_t));
+    launch("write_words", write_words, {dim3(1), dim3(kWordsALaunch)}, stream,
+           static_cast<std::uint32_t*>(to) + first, part, count);
+  }
+}
 
 void cuda_copy_strided(void* to, const void* from, Device device, std::span<const CopyLoop> given,
                        std::size_t element_bytes) {

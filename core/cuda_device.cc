@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include <cuda_runtime_api.h>
 
 #include "core/cuda_errors.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "core/pinned_memory.h"
 #include "core/step_graph.h"
 
@@ -184,10 +186,7 @@ class CudaMemory final : public MemorySource {
     const cudaError_t status = cudaMallocAsync(&at, bytes, stream_of(device_));
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();
-      std::size_t free_bytes = 0, total_bytes = 0;
-      cudaMemGetInfo(&free_bytes, &total_bytes);
-      fail("cuda", "no memory for {} bytes on {}: {} of {} are free", bytes, to_string(device_),
-           free_bytes, total_bytes);
+      throw_out_of_memory(bytes);
     }
     cuda_check("cuda", status);
     return at;
@@ -198,6 +197,20 @@ class CudaMemory final : public MemorySource {
   }
 
  private:
+  [[noreturn]] void throw_out_of_memory(std::size_t wanted_bytes) const {
+    std::size_t free_bytes = 0, total_bytes = 0;
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    cudaMemPool_t pool = nullptr;
+    std::uint64_t reserved_bytes = 0, used_bytes = 0;  // of the pool: the rest of it is free, too
+    if (cudaDeviceGetDefaultMemPool(&pool, device_.index) == cudaSuccess) {
+      cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemCurrent, &reserved_bytes);
+      cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemCurrent, &used_bytes);
+    }
+    throw OutOfMemory(fmt::format("[cuda] no memory for {} bytes on {}: {} of {} are free",
+                                  wanted_bytes, to_string(device_), free_bytes, total_bytes),
+                      device_, static_cast<std::int64_t>(free_bytes + reserved_bytes - used_bytes));
+  }
+
   const Device device_;
 };
 
@@ -254,6 +267,7 @@ Allocator& cuda_allocator(Device device) {
   auto& made = allocators().made.at(static_cast<std::size_t>(device.index));
   if (made == nullptr) {
     expect_kernels_for(device);
+    (void)cuda_fault_word(device);  // now: no capture could
     made = std::make_unique<Allocator>(device, std::make_unique<CudaMemory>(device));
   }
   return *made;
@@ -288,6 +302,9 @@ void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
   if (!(to_cuda && from_cuda && to_device == from_device)) {
     cuda_check("cuda_copy", cudaStreamSynchronize(stream));
   }
+  if (!to_cuda) {
+    throw_fault(*cuda_fault_word(from_device));
+  }
 }
 
 void cuda_zero(void* at, Device device, std::size_t bytes) {
@@ -299,6 +316,22 @@ void cuda_synchronize(Device device) {
   expect_not_capturing("cuda_synchronize", "the host waits for the device");
   const Current current(device);
   cuda_check("cuda_synchronize", cudaStreamSynchronize(stream_of(device)));
+  throw_fault(*cuda_fault_word(device));
+}
+
+// Never freed: a captured step may write it.
+DeviceFault* cuda_fault_word(Device device) {
+  static std::mutex mutex;
+  static std::array<DeviceFault*, kMostDevices> made{};
+  const Current current(device);
+  const std::lock_guard lock(mutex);
+  DeviceFault*& word = made.at(static_cast<std::size_t>(device.index));
+  if (word == nullptr) {
+    void* at = nullptr;
+    cuda_check("cuda", cudaHostAlloc(&at, sizeof(DeviceFault), cudaHostAllocMapped));
+    word = new (at) DeviceFault;
+  }
+  return word;
 }
 
 CudaBytes cuda_bytes(Device device) {
@@ -306,6 +339,10 @@ CudaBytes cuda_bytes(Device device) {
   std::size_t free_bytes = 0, total_bytes = 0;
   cuda_check("cuda", cudaMemGetInfo(&free_bytes, &total_bytes));
   return {static_cast<std::int64_t>(free_bytes), static_cast<std::int64_t>(total_bytes)};
+}
+
+int cuda_wait(void* stream) {
+  return cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
 }
 
 void* cuda_stream(Device device) {

@@ -34,7 +34,22 @@ void cuda_zero(void*, Device, std::size_t) {
 void cuda_copy_strided(void*, const void*, Device, std::span<const CopyLoop>, std::size_t) {
   absent();
 }
+void cuda_write(void*, Device, const void*, std::size_t) {
+  absent();
+}
+void cuda_fill(void*, Device, std::int64_t, const void*, std::size_t) {
+  absent();
+}
+void launch_index_check(const IndexCheck&, DeviceFault*, void*) {
+  absent();
+}
+DeviceFault* cuda_fault_word(Device) {
+  absent();
+}
 void* cuda_stream(Device) {
+  absent();
+}
+int cuda_wait(void*) {
   absent();
 }
 void cuda_check(const char*, int) {

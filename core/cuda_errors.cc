@@ -52,24 +52,39 @@ bool cuda_checked() {
   return checked;
 }
 
-void fail_launch(const char* kernel, const LaunchSizes& sizes, bool finished, int status) {
-  const std::string launch = fmt::format(
-      "launched as [{}, {}, {}] blocks of [{}, {}, {}] threads with {} bytes of shared memory",
-      sizes.grid[0], sizes.grid[1], sizes.grid[2], sizes.block[0], sizes.block[1], sizes.block[2],
-      sizes.shared_bytes);
+namespace {
+
+// What cuda_check says. `own`: it is this one, not an earlier one, which checked mode would name.
+std::string text_of(const char* operation, bool own, int status) {
   std::string text;
   try {
-    cuda_check(kernel, status);
+    cuda_check(operation, status);
   } catch (const Error& error) {
     text = error.what();
   }
-  // In checked mode it is this kernel, not an earlier one.
-  if (const std::string advice = cuda_advice(status); finished && !advice.empty()) {
+  if (const std::string advice = cuda_advice(status); own && !advice.empty()) {
     if (const std::size_t at = text.find(": " + advice); at != std::string::npos) {
       text.resize(at);
     }
   }
-  throw Error(fmt::format("{}, {}", text, launch));
+  return text;
+}
+
+}  // namespace
+
+void fail_launch(const char* kernel, const LaunchSizes& sizes, bool finished, int status) {
+  throw Error(fmt::format(
+      "{}, launched as [{}, {}, {}] blocks of [{}, {}, {}] threads with {} bytes of shared memory",
+      text_of(kernel, finished, status), sizes.grid[0], sizes.grid[1], sizes.grid[2],
+      sizes.block[0], sizes.block[1], sizes.block[2], sizes.shared_bytes));
+}
+
+void settle_call(const char* operation, void* stream, const std::function<std::string()>& sizes) {
+  if (cuda_checked()) {
+    if (const int status = cuda_wait(stream); status != 0) {
+      throw Error(fmt::format("{}, asked for {}", text_of(operation, true, status), sizes()));
+    }
+  }
 }
 
 }  // namespace reprise

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -26,5 +27,10 @@ struct LaunchSizes {
 // the kernel did not.
 [[noreturn]] void fail_launch(const char* kernel, const LaunchSizes& sizes, bool finished,
                               int status);
+
+// In checked mode, after a call of a library was given to the stream (a cudaStream_t): waits for
+// it, and throws Error with the runtime's text and what was asked for, `sizes()`, when it went
+// wrong.
+void settle_call(const char* operation, void* stream, const std::function<std::string()>& sizes);
 
 }  // namespace reprise

@@ -132,27 +132,30 @@ Tensor Tensor::full(const Shape& shape, DType dtype, double value, Device device
   if (tensor.is_meta() || tensor.numel() == 0) {
     return tensor;
   }
+  // On a cuda device one element is written here, and a kernel has the others.
   const bool on_host = device.kind != DeviceKind::cuda;
-  const Tensor host = on_host ? tensor : empty(shape, dtype);
+  alignas(8) char element[8];
+  void* const to = on_host ? tensor.raw() : element;
+  const std::int64_t count = on_host ? tensor.numel() : 1;
   switch (dtype) {
     case DType::f32:
-      fill(host.raw(), host.numel(), static_cast<float>(value));
+      fill(to, count, static_cast<float>(value));
       break;
     case DType::bf16:
-      fill(host.raw(), host.numel(), to_bfloat16(static_cast<float>(value)));
+      fill(to, count, to_bfloat16(static_cast<float>(value)));
       break;
     case DType::f64:
-      fill(host.raw(), host.numel(), value);
+      fill(to, count, value);
       break;
     case DType::i32:
-      fill(host.raw(), host.numel(), static_cast<std::int32_t>(value));
+      fill(to, count, static_cast<std::int32_t>(value));
       break;
     case DType::i64:
-      fill(host.raw(), host.numel(), static_cast<std::int64_t>(value));
+      fill(to, count, static_cast<std::int64_t>(value));
       break;
   }
   if (!on_host) {
-    tensor.copy_from(host);
+    cuda_fill(tensor.raw(), device, tensor.numel(), element, size_bytes(dtype));
   }
   return tensor;
 }

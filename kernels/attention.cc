@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "core/cuda_device.h"
@@ -52,13 +53,27 @@ Sizes expect_qkv(std::string_view op, const AttentionInputs& in) {
   return s;
 }
 
+std::string decreasing(const DeviceFault& fault) {
+  return fmt::format("documents must not decrease along T, got {} after {} at [{}, {}]",
+                     fault.value, fault.other, fault.index / fault.limit,
+                     fault.index % fault.limit);
+}
+std::string not_padded_right(const DeviceFault& fault) {
+  return fmt::format("padded_right must hold, but the mask is {} at [{}, {}]", fault.value,
+                     fault.index / fault.limit, fault.index % fault.limit);
+}
+std::string too_many_documents(const DeviceFault& fault) {
+  return fmt::format("most_documents must not be less than there are, got {} for {}", fault.limit,
+                     fault.value);
+}
+
 void expect_documents_ascend(std::string_view op, const Tensor& documents) {
   const auto* const number = documents.data<std::int64_t>();
   const std::int64_t T = documents.size(1);
   for (std::int64_t at = 0; at < documents.numel(); ++at) {
     if (at % T != 0 && number[at] < number[at - 1]) {
-      fail(op, "documents must not decrease along T, got {} after {} at [{}, {}]", number[at],
-           number[at - 1], at / T, at % T);
+      fail(op, "{}",
+           decreasing({.index = at, .value = number[at], .limit = T, .other = number[at - 1]}));
     }
   }
 }
@@ -71,7 +86,7 @@ void expect_promises(std::string_view op, const AttentionInputs& in, const Sizes
     for (std::int64_t at = 0; at < in.mask.numel(); ++at) {
       const std::int64_t j = at % s.S;
       if (mask[at] != 0 ? j > 0 && mask[at - 1] == 0 : j == 0) {
-        fail(op, "padded_right must hold, but the mask is {} at [{}, {}]", mask[at], at / s.S, j);
+        fail(op, "{}", not_padded_right({.index = at, .value = mask[at], .limit = s.S}));
       }
     }
   }
@@ -82,10 +97,32 @@ void expect_promises(std::string_view op, const AttentionInputs& in, const Sizes
       count += at % s.T == 0 || number[at] != number[at - 1] ? 1 : 0;
     }
     if (count > options.most_documents) {
-      fail(op, "most_documents must not be less than there are, got {} for {}",
-           options.most_documents, count);
+      fail(op, "{}", too_many_documents({.value = count, .limit = options.most_documents}));
     }
   }
+}
+
+// The same by a cuda device.
+void check_on_device(std::string_view op, const AttentionInputs& in, const Sizes& s,
+                     const AttentionOptions& options) {
+  const bool promised = in.mask.defined() && options.padded_right;
+  if (in.q.device().kind != DeviceKind::cuda || !(promised || in.documents.defined())) {
+    return;
+  }
+  [[maybe_unused]] const VisibilityCheck check{
+      in.documents.defined() ? in.documents.data<std::int64_t>() : nullptr,
+      promised ? in.mask.data<std::int64_t>() : nullptr,
+      s.B,
+      s.T,
+      s.S,
+      options.most_documents,
+      fault_site(op, decreasing),
+      fault_site(op, not_padded_right),
+      fault_site(op, too_many_documents)};
+  const Device device = in.q.device();
+  REPRISE_CUDA_SIDE(op,
+                    cuda::check_visibility(check, cuda_fault_word(device), cuda_stream(device)));
+  settle_faults(device);
 }
 
 void expect_visibility(std::string_view op, const AttentionInputs& in, const Sizes& s,
@@ -293,6 +330,7 @@ void attention(const AttentionInputs& in, const Tensor& out, const Tensor& log_s
     }
     return;
   }
+  check_on_device(op, in, s, options);
   if (side_of(out.device()) == DeviceKind::cuda) {
     return attention_on_cuda(op, in, s, out, log_sum_exp, options);
   }

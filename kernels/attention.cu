@@ -41,6 +41,62 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+struct Seen {
+  std::int64_t decrease, padding;  // the first places where there is something wrong
+  std::int64_t begins;             // of documents
+};
+
+__device__ __forceinline__ std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+
+__device__ __forceinline__ void look(const VisibilityCheck& check, std::int64_t at, Seen& seen) {
+  if (check.documents != nullptr && at < check.B * check.T) {
+    const bool first = at % check.T == 0;
+    const std::int64_t number = check.documents[at];
+    const std::int64_t before = first ? number : check.documents[at - 1];
+    seen.decrease = number < before ? smaller(seen.decrease, at) : seen.decrease;
+    seen.begins += first || number != before ? 1 : 0;
+  }
+  if (check.mask != nullptr && at < check.B * check.S) {
+    const bool token = check.mask[at] != 0;
+    const bool wrong = at % check.S == 0 ? !token : token && check.mask[at - 1] == 0;
+    seen.padding = wrong ? smaller(seen.padding, at) : seen.padding;
+  }
+}
+
+// One block, so that which place is named does not depend on timing.
+__global__ void __launch_bounds__(kThreads)
+    check_kernel(const __grid_constant__ VisibilityCheck check, DeviceFault* word) {
+  __shared__ Seen of_thread[kThreads];
+  const std::int64_t none = INT64_MAX, places = check.B * (check.T < check.S ? check.S : check.T);
+  Seen seen{none, none, 0};
+  for (std::int64_t at = threadIdx.x; at < places; at += kThreads) {
+    look(check, at, seen);
+  }
+  of_thread[threadIdx.x] = seen;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) {
+      const Seen other = of_thread[threadIdx.x + half];
+      Seen& own = of_thread[threadIdx.x];
+      own = {smaller(own.decrease, other.decrease), smaller(own.padding, other.padding),
+             own.begins + other.begins};
+    }
+  }
+  if (threadIdx.x == 0 && word->site == 0) {
+    const auto [decrease, padding, begins] = of_thread[0];
+    if (decrease != none) {
+      *word = {check.decreases, decrease, check.documents[decrease], check.T,
+               check.documents[decrease - 1]};
+    } else if (padding != none) {
+      *word = {check.padding, padding, check.mask[padding], check.S, 0};
+    } else if (check.most_documents > 0 && begins > check.most_documents) {
+      *word = {check.many, 0, begins, check.most_documents, 0};
+    }
+  }
+}
+
 // do . o of each query and head: a warp each.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -64,6 +120,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
+
+void check_visibility(const VisibilityCheck& check, DeviceFault* word, void* stream) {
+  launch("attention_check", check_kernel, {dim3(1), dim3(kThreads)},
+         static_cast<cudaStream_t>(stream), check, word);
+}
 
 void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
                      std::int64_t* bounds, void* stream) {

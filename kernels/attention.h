@@ -26,14 +26,15 @@
 // or each other. Order of sums: fixed by the sizes and by what is visible, not by threads.
 // Workspace: a few tiles a thread, and dense copies of one head's k and v (backward: and f32 sums
 // of dk and dv); on a CUDA device [B, 2, T] i64 with documents, and backward one f32 a query and
-// head. On a CUDA device D is at most 256 and documents are not looked at: where they decrease, the
-// result is none. bf16 without dropout runs there on a library's fused kernels, which round the
-// same way, where they take the call (attention_fused.h says which, and what workspace that is; the
-// options make two promises about padding and documents). The tiled kernels have the rest; backward
-// they compute the scores twice, for dq and for dk and dv, instead of adding by atomics. Errors:
-// shapes, dtypes, devices, strides; a window without causal; documents that decrease; promises that
-// do not hold (not looked for on a CUDA device); dropout outside [0, 1). Source of the method: Dao,
-// Fu, Ermon, Rudra, Re, "FlashAttention", arXiv:2205.14135, 2022.
+// head. On a CUDA device D is at most 256, and the device checks documents and promises itself, in
+// the forward: the Error comes where the host waits for it (core/device_faults.h), and the result
+// is none. bf16 without dropout runs there on a library's fused kernels, which round the same way,
+// where they take the call (attention_fused.h says which, and what workspace that is; the options
+// make two promises about padding and documents). The tiled kernels have the rest; backward they
+// compute the scores twice, for dq and for dk and dv, instead of adding by atomics. Errors: shapes,
+// dtypes, devices, strides; a window without causal; documents that decrease; promises that do not
+// hold; dropout outside [0, 1). Source of the method: Dao, Fu, Ermon, Rudra, Re, "FlashAttention",
+// arXiv:2205.14135, 2022.
 #pragma once
 
 #include <cstdint>

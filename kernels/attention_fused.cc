@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "core/error.h"
 #include "kernels/accumulate_sides.h"
 #include "kernels/scratch.h"
@@ -413,6 +414,15 @@ class Parts {
 
 }  // namespace
 
+namespace {
+
+std::string sizes_of(const AttentionCall& call) {
+  return fmt::format("q [{}, {}, {}, {}], k and v [{}, {}, {}, {}] by a fused kernel", call.B,
+                     call.T, call.H, call.D, call.B, call.S, call.K, call.D);
+}
+
+}  // namespace
+
 bool fused_attention(const AttentionCall& call, const std::optional<FusedCall>& fused,
                      void* workspace, void* stream) {
   if (!fused.has_value()) {
@@ -448,6 +458,7 @@ bool fused_attention(const AttentionCall& call, const std::optional<FusedCall>& 
   for (std::int64_t row = 0; row < fused->row_parts; ++row) {
     for (std::int64_t head = 0; head < fused->head_parts; ++head) {
       found.plan->run(parts.at(row, head), memory, stream);
+      settle_call(operation, stream, [&] { return sizes_of(call); });
     }
   }
   if (backward) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "core/device_faults.h"
 #include "core/dtype.h"
 #include "kernels/attention_options.h"
 #include "kernels/both_sides.h"
@@ -75,6 +76,17 @@ struct AttentionCall {
   int device = 0;
 };
 
+// What attention relies on and a cuda device checks itself: documents that do not decrease, and the
+// options' promises.
+struct VisibilityCheck {
+  const std::int64_t* documents;  // [B, T]; may be null
+  const std::int64_t* mask;       // [B, S]; null: nothing is promised of it
+  std::int64_t B, T, S, most_documents;
+  // What is said of documents that decrease (`other`, then `value`), of padding that is not on the
+  // right, and of more than most_documents (`limit`): their number.
+  std::int64_t decreases, padding, many;
+};
+
 struct FusedCall;  // attention_fused.h
 
 // In order of the stream.
@@ -82,6 +94,7 @@ namespace cuda {
 // The widest head, and the most queries or keys.
 inline constexpr std::int64_t kMaxAttentionHead = 256, kMaxAttentionTokens = std::int64_t{1} << 30;
 
+void check_visibility(const VisibilityCheck& check, DeviceFault* word, void* stream);
 // From documents [B, T]: bounds [B, 2, T].
 void document_bounds(const std::int64_t* documents, std::int64_t B, std::int64_t T,
                      std::int64_t* bounds, void* stream);

@@ -1,6 +1,7 @@
 #include "kernels/cross_entropy.h"
 
 #include <cmath>
+#include <string>
 #include <string_view>
 
 #include "core/cuda_device.h"
@@ -55,31 +56,62 @@ LogitRows rows_of(const Tensor& x, std::int64_t stride, const Tensor& labels,
 
 }  // namespace
 
-double checked_items(const char* operation, const Tensor& labels, std::int64_t vocabulary,
-                     const CrossEntropyOptions& options) {
-  if (!(options.items >= 0) || std::isinf(options.items)) {
-    fail(operation, "items must be 0 or a positive number, got {}", options.items);
-  }
+namespace {
+
+std::string wrong_label(const DeviceFault& fault) {
+  return fmt::format("label of row {} must be {} or in [0, V) = [0, {}), got {}", fault.index,
+                     fault.other, fault.limit, fault.value);
+}
+
+// The number of labels that are not ignored.
+std::int64_t checked_count(const char* operation, const Tensor& labels, std::int64_t vocabulary,
+                           std::int64_t ignore_index) {
   std::int64_t valid = 0;
-  const std::int64_t count = labels.numel();
-  const Tensor host = labels.device().kind == DeviceKind::cuda ? labels.to(::reprise::cpu) : labels;
-  const std::int64_t* at = count == 0 ? nullptr : host.data<std::int64_t>();
-  for (std::int64_t n = 0; n < count; ++n) {
-    if (at[n] == options.ignore_index) {
+  const std::int64_t* at = labels.numel() == 0 ? nullptr : labels.data<std::int64_t>();
+  for (std::int64_t n = 0; n < labels.numel(); ++n) {
+    if (at[n] == ignore_index) {
       continue;
     }
     if (at[n] < 0 || at[n] >= vocabulary) {
-      fail(operation, "label of row {} must be {} or in [0, V) = [0, {}), got {}", n,
-           options.ignore_index, vocabulary, at[n]);
+      fail(operation, "{}",
+           wrong_label({.index = n, .value = at[n], .limit = vocabulary, .other = ignore_index}));
     }
     ++valid;
   }
-  return options.items > 0 ? options.items : static_cast<double>(valid);
+  return valid;
+}
+
+}  // namespace
+
+Tensor count_of_items(Device device, const CrossEntropyOptions& options) {
+  const bool counts = side_of(device) == DeviceKind::cuda && !(options.items > 0);
+  return counts ? Tensor::empty(Shape{}, DType::i64, device, MemoryKind::workspace) : Tensor();
+}
+
+LossItems checked_items(const char* operation, const Tensor& labels, std::int64_t vocabulary,
+                        const CrossEntropyOptions& options, const Tensor& count) {
+  if (!(options.items >= 0) || std::isinf(options.items)) {
+    fail(operation, "items must be 0 or a positive number, got {}", options.items);
+  }
+  if (labels.device().kind == DeviceKind::cuda) {
+    const LossItems items{options.items, count.defined() ? count.data<std::int64_t>() : nullptr};
+    check_indices({.at = labels.numel() == 0 ? nullptr : labels.data<std::int64_t>(),
+                   .count = labels.numel(),
+                   .limit = vocabulary,
+                   .site = fault_site(operation, wrong_label),
+                   .ignores = true,
+                   .ignored = options.ignore_index,
+                   .valid = const_cast<std::int64_t*>(items.counted)},
+                  labels.device());
+    return items;
+  }
+  const std::int64_t valid = checked_count(operation, labels, vocabulary, options.ignore_index);
+  return {options.items > 0 ? options.items : static_cast<double>(valid)};
 }
 
 #if defined(REPRISE_HAS_CUDA)
 static void cuda_cross_entropy(const LogitRows& rows, float* lse, float* losses, const Tensor& loss,
-                               double items) {
+                               const LossItems& items) {
   void* const stream = cuda_stream(loss.device());
   cuda::cross_entropy_rows(rows, lse, losses, stream);
   cuda::mean_of_losses(losses, rows.rows, items, loss.data<float>(), stream);
@@ -93,7 +125,8 @@ void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, co
   expect_scalar(op, "loss", loss, x.device());
   const Tensor losses =
       Tensor::empty(labels.shape(), DType::f32, x.device(), MemoryKind::workspace);
-  const double items = checked_items(op, labels, x.shape().back(), options);
+  const Tensor count = count_of_items(x.device(), options);
+  const LossItems items = checked_items(op, labels, x.shape().back(), options, count);
   if (x.is_meta()) {
     return;
   }
@@ -113,7 +146,7 @@ void cross_entropy(const Tensor& x, const Tensor& labels, const Tensor& loss, co
       total += at[n];
     }
   }
-  *loss.data<float>() = static_cast<float>(total / items);
+  *loss.data<float>() = static_cast<float>(total / items.number);
 }
 
 void cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& labels,
@@ -126,7 +159,8 @@ void cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& labe
   expect_shape(op, "dx", dx, x.shape(), "the shape of x");
   expect_device(op, "dx", dx, x.device());
   const std::int64_t dx_stride = expect_rows(op, "dx", dx);
-  const double items = checked_items(op, labels, x.shape().back(), options);
+  const Tensor count = count_of_items(x.device(), options);
+  const LossItems items = checked_items(op, labels, x.shape().back(), options, count);
   if (x.is_meta() || x.numel() == 0) {
     return;
   }
@@ -138,8 +172,8 @@ void cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& labe
     return;
   }
   cpu::cross_entropy_gradient(rows_of(x, stride, labels, options.ignore_index), lse.data<float>(),
-                              static_cast<float>(g.item<float>() / items), dx.raw(), dx_stride,
-                              accumulate);
+                              static_cast<float>(g.item<float>() / items.number), dx.raw(),
+                              dx_stride, accumulate);
 }
 
 }  // namespace reprise::kernels

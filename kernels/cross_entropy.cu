@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(LogitRows x, float* lses
   const std::int64_t label = x.labels[row];
   const Matrix logits{x.at, x.dtype, x.row_stride};
   float lse = 0.0f, loss = 0.0f;
-  if (label != x.ignore_index) {  // the same for all threads
+  if (is_counted(x, label)) {  // the same for all threads
     lse = row_lse(x, row);
     loss = lse - load_one(logits, row, label);
   }
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(LogitRows x, float* lses
 
 // One block: each thread adds every 256th loss, then their sums are added in order.
 __global__ void __launch_bounds__(kThreads)
-    mean_kernel(const float* losses, std::int64_t count, double items, float* loss) {
+    mean_kernel(const float* losses, std::int64_t count, LossItems items, float* loss) {
   __shared__ double of_thread[kThreads];
   double total = 0.0;
   for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int thread = 0; thread < kThreads; ++thread) {
       total += of_thread[thread];
     }
-    *loss = static_cast<float>(total / items);
+    *loss = static_cast<float>(total / number_of(items));
   }
 }
 
@@ -44,18 +44,19 @@ struct Gradient {
   LogitRows x;
   const float* lses;
   const float* g;
-  double items;
+  LossItems items;
   Matrix dx;
   bool accumulate;
   __device__ void operator()(std::int64_t row, std::int64_t column, int count) const {
     const std::int64_t label = x.labels[row];
-    if (label == x.ignore_index) {
+    if (!is_counted(x, label)) {
       if (!accumulate) {
         store_run(dx, row, column, count, Run{});
       }
       return;
     }
-    const float lse = lses[row], factor = static_cast<float>(static_cast<double>(*g) / items);
+    const float lse = lses[row];
+    const float factor = static_cast<float>(static_cast<double>(*g) / number_of(items));
     const Run logits = load_run({x.at, x.dtype, x.row_stride}, row, column, count);
     const Run run = gradient_run(logits, column, label, lse, factor);
     store_run(dx, row, column, count, run, accumulate);
@@ -71,14 +72,15 @@ void cross_entropy_rows(const LogitRows& x, float* lse, float* losses, void* str
   }
 }
 
-void mean_of_losses(const float* losses, std::int64_t rows, double items, float* loss,
+void mean_of_losses(const float* losses, std::int64_t rows, const LossItems& items, float* loss,
                     void* stream) {
   launch("cross_entropy_mean", mean_kernel, {dim3(1), dim3(kThreads)},
          static_cast<cudaStream_t>(stream), losses, rows, items, loss);
 }
 
-void cross_entropy_gradient(const LogitRows& x, const float* lse, const float* g, double items,
-                            void* dx, std::int64_t dx_stride, bool accumulate, void* stream) {
+void cross_entropy_gradient(const LogitRows& x, const float* lse, const float* g,
+                            const LossItems& items, void* dx, std::int64_t dx_stride,
+                            bool accumulate, void* stream) {
   launch_runs("cross_entropy_gradient",
               Gradient{x, lse, g, items, {dx, x.dtype, dx_stride}, accumulate},
               {x.rows, x.vocabulary}, stream);

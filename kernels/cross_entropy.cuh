@@ -9,6 +9,14 @@ namespace reprise::kernels::cuda {
 
 inline constexpr int kThreads = 256;
 
+__device__ __forceinline__ bool is_counted(const LogitRows& x, std::int64_t label) {
+  return label != x.ignore_index && label >= 0 && label < x.vocabulary;
+}
+
+__device__ __forceinline__ double number_of(const LossItems& items) {
+  return items.counted != nullptr ? static_cast<double>(*items.counted) : items.number;
+}
+
 // A NaN is passed over: the sum finds it.
 __device__ __forceinline__ float block_max(float value) {
   __shared__ float of_warp[kThreads / 32];

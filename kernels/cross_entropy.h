@@ -15,7 +15,9 @@
 // that no gradient is subnormal, which matrix products would pay for dearly. Strides: x and d x
 // rows of unit stride; the others contiguous. Aliasing: d x may be x, when it does not accumulate:
 // the gradient is then formed in place. Errors: shapes, dtypes, devices or strides other than
-// these; a label outside of [0, V), by row; items negative or not finite.
+// these; a label outside of [0, V), by row; items negative or not finite. A cuda device checks the
+// labels itself, and counts them: the Error comes where the host waits for it
+// (core/device_faults.h), and a wrong label is as one that is ignored. Workspace there: 8 bytes.
 #pragma once
 
 #include <cstdint>

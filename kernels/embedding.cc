@@ -1,6 +1,7 @@
 #include "kernels/embedding.h"
 
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "core/cuda_device.h"
@@ -20,31 +21,36 @@ Shape shape_of_rows(const Tensor& ids, std::int64_t width) {
   return Shape(std::span<const std::int64_t>(sizes));
 }
 
+std::string wrong_id(const DeviceFault& fault) {
+  return fmt::format("id at position {} must be in [0, V) = [0, {}), got {}", fault.index,
+                     fault.limit, fault.value);
+}
+
 void expect_in_range(const Tensor& ids, std::int64_t rows) {
   const std::int64_t* at = ids.numel() == 0 ? nullptr : ids.data<std::int64_t>();
   for (std::int64_t i = 0; i < ids.numel(); ++i) {
     if (at[i] < 0 || at[i] >= rows) {
-      fail("embedding", "id at position {} must be in [0, V) = [0, {}), got {}", i, rows, at[i]);
+      fail("embedding", "{}", wrong_id({.index = i, .value = at[i], .limit = rows}));
     }
   }
 }
 
-// The ids, checked where the host can read them.
+// The ids, checked where they are.
 const std::int64_t* checked(const Tensor& ids, std::int64_t rows) {
   expect_dtype("embedding", "ids", ids, DType::i64);
   expect_contiguous("embedding", "ids", ids);
-  if (ids.device().kind != DeviceKind::cuda) {
+  const std::int64_t* at = ids.numel() == 0 ? nullptr : ids.data<std::int64_t>();
+  if (ids.device().kind == DeviceKind::cuda) {
+    check_indices(
+        {.at = at, .count = ids.numel(), .limit = rows, .site = fault_site("embedding", wrong_id)},
+        ids.device());
+  } else {
     expect_in_range(ids, rows);
   }
-  return ids.numel() == 0 ? nullptr : ids.data<std::int64_t>();
+  return at;
 }
 
 }  // namespace
-
-void expect_ids(const Tensor& ids, std::int64_t rows) {
-  expect_dtype("embedding", "ids", ids, DType::i64);
-  expect_in_range(ids.to(::reprise::cpu).contiguous(), rows);
-}
 
 void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
   expect_trainable("embedding", "table", table);
@@ -60,7 +66,7 @@ void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
   if (y.is_meta() || y.numel() == 0) {
     return;
   }
-  const EmbeddingCall call{all, ids.numel(), rows, to, table.size(1)};
+  const EmbeddingCall call{all, ids.numel(), rows, to, table.size(0), table.size(1)};
   if (y.device().kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE("embedding", cuda::embedding(call, cuda_stream(y.device())));
     return;
@@ -81,18 +87,20 @@ void embedding_gradient(const Tensor& ids, const Tensor& dy, std::int64_t paddin
   expect_shape("embedding", "dy", dy, shape_of_rows(ids, width), "[.., C]");
   expect_device("embedding", "dy", dy, dtable.device());
   const Matrix from = matrix("embedding", "dy", dy), to = matrix("embedding", "dtable", dtable);
+  const std::int64_t bytes = side_of(dtable.device()) == DeviceKind::cuda
+                                 ? cuda::EmbeddingWorkspace(ids.numel(), width).bytes
+                                 : cpu::embedding_workspace_bytes(ids.numel());
   const Tensor workspace =
-      Tensor::empty({2, ids.numel()}, DType::i64, ids.device(), MemoryKind::workspace);
+      Tensor::empty({bytes / 4}, DType::f32, ids.device(), MemoryKind::workspace);
   if (dtable.is_meta() || dtable.numel() == 0) {
     return;
   }
-  ensure(rows <= std::numeric_limits<std::int32_t>::max() &&
-             ids.numel() <= std::numeric_limits<std::int32_t>::max(),
+  ensure(rows < std::numeric_limits<std::int32_t>::max() &&
+             ids.numel() < std::numeric_limits<std::int32_t>::max(),
          "an embedding of {} rows and {} ids", rows, ids.numel());
-  std::int64_t* order = ids.numel() == 0 ? nullptr : workspace.data<std::int64_t>();
-  const EmbeddingGradient call{
-      all,   ids.numel(), from,       to,    rows,
-      width, padding,     accumulate, order, order == nullptr ? nullptr : order + ids.numel()};
+  const EmbeddingGradient call{all,     ids.numel(), from,
+                               to,      rows,        width,
+                               padding, accumulate,  ids.numel() == 0 ? nullptr : workspace.raw()};
   if (dtable.device().kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE("embedding", cuda::embedding_gradient(call, cuda_stream(dtable.device())));
     return;

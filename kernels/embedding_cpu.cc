@@ -44,20 +44,26 @@ std::int64_t grain_of(std::int64_t width) {
   return std::max<std::int64_t>(1, kPieceElements / std::max<std::int64_t>(1, width));
 }
 
-// Sorts (id, position) and marks where each id starts; returns the number of ids.
-std::int64_t group(const EmbeddingGradient& call) {
+// In the workspace: (id, position) sorted, and where each id starts in that.
+struct Grouped {
+  std::int64_t *order, *runs;
+  std::int64_t count = 0;  // of runs
+};
+
+Grouped group(const EmbeddingGradient& call) {
   const std::int64_t count = call.count;
+  auto* const order = static_cast<std::int64_t*>(call.workspace);
+  Grouped grouped{order, order + count};
   for (std::int64_t i = 0; i < count; ++i) {
-    call.order[i] = call.ids[i] << 32 | i;
+    order[i] = call.ids[i] << 32 | i;
   }
-  std::sort(call.order, call.order + count);
-  std::int64_t runs = 0;
+  std::sort(order, order + count);
   for (std::int64_t i = 0; i < count; ++i) {
-    if (i == 0 || call.order[i] >> 32 != call.order[i - 1] >> 32) {
-      call.runs[runs++] = i;
+    if (i == 0 || order[i] >> 32 != order[i - 1] >> 32) {
+      grouped.runs[grouped.count++] = i;
     }
   }
-  return runs;
+  return grouped;
 }
 
 }  // namespace
@@ -80,15 +86,17 @@ void embedding_gradient(const EmbeddingGradient& call) {
       }
     });
   }
-  const std::int64_t runs = group(call);
-  const std::int64_t count = call.count;
-  parallel_for(runs, grain_of(4 * call.width), [&](std::int64_t begin, std::int64_t end) {
+  if (call.count == 0) {
+    return;
+  }
+  const auto [order, runs, run_count] = group(call);
+  parallel_for(run_count, grain_of(4 * call.width), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t run = begin; run < end; ++run) {
-      const std::int64_t first = call.runs[run];
-      const std::int64_t id = call.order[first] >> 32;
+      const std::int64_t first = runs[run];
+      const std::int64_t id = order[first] >> 32;
       if (id != call.padding) {
-        const std::int64_t last = run + 1 < runs ? call.runs[run + 1] : count;
-        HWY_DYNAMIC_DISPATCH(sum_rows_run)(call, id, call.order + first, last - first);
+        const std::int64_t last = run + 1 < run_count ? runs[run + 1] : call.count;
+        HWY_DYNAMIC_DISPATCH(sum_rows_run)(call, id, order + first, last - first);
       }
     }
   });

@@ -62,24 +62,25 @@ void check(const Tensor& x, const Tensor& w, const Tensor& labels, const Tensor&
 }
 
 // Losses of the logits, and their gradient in their place when `gradient`.
-void losses_of(const LogitRows& rows, bool gradient, float factor, float* losses, Device device) {
+void losses_of(const LogitRows& rows, bool gradient, const LossItems& items, float* losses,
+               Device device) {
   if (device.kind == DeviceKind::cuda) {
     REPRISE_CUDA_SIDE(kOperation,
                       gradient
-                          ? cuda::cross_entropy_in_place(rows, factor, losses, cuda_stream(device))
+                          ? cuda::cross_entropy_in_place(rows, items, losses, cuda_stream(device))
                           : cuda::cross_entropy_rows(rows, nullptr, losses, cuda_stream(device)));
     return;
   }
-  gradient ? cpu::cross_entropy_in_place(rows, factor, losses)
+  gradient ? cpu::cross_entropy_in_place(rows, static_cast<float>(1 / items.number), losses)
            : cpu::cross_entropy_rows(rows, nullptr, losses);
 }
 
 // The rows of one chunk, from hidden states to gradients.
 void chunk(const Tensor& x, const Tensor& w, const LogitRows& rows, const Tensor& logits,
-           float factor, float* losses, const Tensor& dx, const Tensor& dw, bool first) {
+           const LossItems& items, float* losses, const Tensor& dx, const Tensor& dw, bool first) {
   matmul(x, w, logits, {.transpose_b = true});
   if (!logits.is_meta()) {
-    losses_of(rows, dx.defined() || dw.defined(), factor, losses, logits.device());
+    losses_of(rows, dx.defined() || dw.defined(), items, losses, logits.device());
   }
   if (dx.defined()) {
     matmul(logits, w, dx);
@@ -107,7 +108,8 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
                           const CrossEntropyOptions& options) {
   check(x, w, labels, loss, dx, dw);
   const std::int64_t tokens = x.size(0), vocabulary = w.size(0);
-  const double items = checked_items(kOperation, labels, vocabulary, options);
+  const Tensor count = count_of_items(x.device(), options);
+  const LossItems items = checked_items(kOperation, labels, vocabulary, options, count);
   const std::int64_t rows = linear_cross_entropy_rows(tokens, x.size(1), vocabulary, x.dtype());
   const Tensor logits =
       Tensor::empty(Shape{rows, vocabulary}, x.dtype(), x.device(), MemoryKind::workspace);
@@ -130,9 +132,8 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
                labels.data<std::int64_t>() + begin,
                options.ignore_index};
     }
-    chunk(x.slice(0, begin, end), w, parts, part, static_cast<float>(1 / items),
-          elements ? losses_at + begin : nullptr, dx.defined() ? dx.slice(0, begin, end) : Tensor(),
-          dw_sum, begin == 0);
+    chunk(x.slice(0, begin, end), w, parts, part, items, elements ? losses_at + begin : nullptr,
+          dx.defined() ? dx.slice(0, begin, end) : Tensor(), dw_sum, begin == 0);
   }
   if (tokens == 0 && dw.defined() && !dw.is_meta()) {
     dw.zero();
@@ -152,7 +153,7 @@ void linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& labels
   for (std::int64_t n = 0; n < tokens; ++n) {
     total += losses_at[n];
   }
-  *loss.data<float>() = static_cast<float>(total / items);
+  *loss.data<float>() = static_cast<float>(total / items.number);
 }
 
 void linear_cross_entropy_backward(const Tensor& g, const Tensor& at_one, const Tensor& gradient,

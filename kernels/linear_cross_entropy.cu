@@ -6,10 +6,11 @@ namespace {
 
 // A block takes a row, which it reads again while it is in the cache.
 __global__ void __launch_bounds__(kThreads)
-    in_place_kernel(LogitRows x, float factor, float* losses) {
+    in_place_kernel(LogitRows x, LossItems items, float* losses) {
   const std::int64_t row = blockIdx.x, label = x.labels[row];
   const Matrix logits{x.at, x.dtype, x.row_stride};
-  const bool counts = label != x.ignore_index;  // the same for all threads
+  const bool counts = is_counted(x, label);  // the same for all threads
+  const float factor = static_cast<float>(1 / number_of(items));
   float lse = 0.0f;
   if (counts) {
     lse = row_lse(x, row);
@@ -32,11 +33,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void cross_entropy_in_place(const LogitRows& x, float factor, float* losses, void* stream) {
+void cross_entropy_in_place(const LogitRows& x, const LossItems& items, float* losses,
+                            void* stream) {
   if (x.rows > 0) {
     launch("linear_cross_entropy", in_place_kernel,
            {dim3(static_cast<unsigned>(x.rows)), dim3(kThreads)}, static_cast<cudaStream_t>(stream),
-           x, factor, losses);
+           x, items, losses);
   }
 }
 

@@ -11,9 +11,9 @@
 // or both bf16; labels i64; loss f32; dX as X; dW f32 or as W. Logits and D are held in the dtype
 // of X; dW is added up over chunks in f32 and rounded once. Strides: X, W and dX rows of unit
 // stride; labels and dW contiguous. Workspace: one chunk of logits [linear_cross_entropy_rows(N, C,
-// V), V], N floats, and [V, C] floats when a bf16 dW is added up over several chunks. Aliasing:
-// none. Errors: shapes, dtypes, devices or strides other than these; labels and items as in
-// cross_entropy.h.
+// V), V], N floats, [V, C] floats when a bf16 dW is added up over several chunks, and 8 bytes on a
+// cuda device. Aliasing: none. Errors: shapes, dtypes, devices or strides other than these; labels
+// and items as in cross_entropy.h.
 #pragma once
 
 #include <cstdint>

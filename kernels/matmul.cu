@@ -25,6 +25,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "core/error.h"
 #include "kernels/matmul_choices.h"
 #include "kernels/matmul_sides.h"
@@ -38,6 +39,11 @@ void check(const char* what, cublasStatus_t status) {
   if (status != CUBLAS_STATUS_SUCCESS) {
     fail("matmul", "cuBLASLt: {}: {}", what, cublasLtGetStatusString(status));
   }
+}
+
+std::string sizes_of(const TileShape& s) {
+  return fmt::format("[{}, {}] x [{}, {}] of {}{} to {}{}", s.m, s.k, s.k, s.n, name(s.inputs),
+                     s.bias ? " with a bias" : "", name(s.output), s.accumulate ? ", added" : "");
 }
 
 template <class T>
@@ -374,7 +380,12 @@ void matmul(const TileShape& s, const void* a, const void* b, void* c, const voi
   const Key key{s, {alignment(a), alignment(b), alignment(c)}, device};
   const Operands operands{a, b, c, bias, workspace, static_cast<cudaStream_t>(stream)};
   const std::shared_ptr<const Plan> plan = library().find(key, operands);
-  check("product", multiply(library().handle(device), s, *plan, plan->algorithm, operands, c));
+  const cublasStatus_t status =
+      multiply(library().handle(device), s, *plan, plan->algorithm, operands, c);
+  if (status != CUBLAS_STATUS_SUCCESS) {
+    fail("matmul", "cuBLASLt: product of {}: {}", sizes_of(s), cublasLtGetStatusString(status));
+  }
+  settle_call("matmul", stream, [&] { return sizes_of(s); });
 }
 
 std::string matmul_choices_warning() {

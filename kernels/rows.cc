@@ -1,6 +1,7 @@
 #include "kernels/rows.h"
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "core/cuda_device.h"
@@ -10,12 +11,23 @@
 namespace reprise::kernels {
 namespace {
 
+std::string not_there(const DeviceFault& fault) {
+  return fmt::format("row number at position {} must be in [0, {}), got {}", fault.index,
+                     fault.limit, fault.value);
+}
+
+std::string chosen_twice(const DeviceFault& fault) {
+  return fmt::format("row {} is chosen at positions {} and {}, each row may be once", fault.value,
+                     fault.index, fault.other);
+}
+
 void expect_distinct(std::string_view operation, std::span<const std::int64_t> rows,
                      std::int64_t count) {
   bool ascending = true;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (rows[i] < 0 || rows[i] >= count) {
-      fail(operation, "row number at position {} must be in [0, {}), got {}", i, count, rows[i]);
+      fail(operation, "{}",
+           not_there({.index = static_cast<std::int64_t>(i), .value = rows[i], .limit = count}));
     }
     ascending = ascending && (i == 0 || rows[i - 1] < rows[i]);
   }
@@ -28,8 +40,9 @@ void expect_distinct(std::string_view operation, std::span<const std::int64_t> r
   if (twice != sorted.end()) {
     const auto first = std::ranges::find(rows, *twice);
     const auto second = std::find(first + 1, rows.end(), *twice);
-    fail(operation, "row {} is chosen at positions {} and {}, each row may be once", *twice,
-         first - rows.begin(), second - rows.begin());
+    fail(operation, "{}",
+         chosen_twice(
+             {.index = first - rows.begin(), .value = *twice, .other = second - rows.begin()}));
   }
 }
 
@@ -96,12 +109,13 @@ void copy_rows([[maybe_unused]] std::string_view operation, const RowCopy& call,
 }
 
 void zero_rows([[maybe_unused]] std::string_view operation, const Matrix& to,
-               const std::int64_t* at, MatrixSize size, Device device) {
+               const std::int64_t* at, MatrixSize size, [[maybe_unused]] std::int64_t rows,
+               Device device) {
   if (size.rows == 0 || size.width == 0) {
     return;
   }
   if (device.kind == DeviceKind::cuda) {
-    REPRISE_CUDA_SIDE(operation, cuda::zero_rows(to, at, size, cuda_stream(device)));
+    REPRISE_CUDA_SIDE(operation, cuda::zero_rows(to, at, size, rows, cuda_stream(device)));
     return;
   }
   cpu::zero_rows(to, at, size);
@@ -130,6 +144,7 @@ void merge(std::string_view operation, const Tensor& x, const Tensor& rows, cons
              .to_rows = numbers,
              .count = count,
              .width = size.width,
+             .rows = size.rows,
              .accumulate = add},
             x.device());
 }
@@ -139,8 +154,15 @@ void merge(std::string_view operation, const Tensor& x, const Tensor& rows, cons
 void expect_distinct_rows(std::string_view operation, const Tensor& rows, std::int64_t count,
                           Device device) {
   expect_layout(operation, rows, device);
-  const Tensor host = device.kind == DeviceKind::cuda ? rows.to(::reprise::cpu) : rows;
-  expect_distinct(operation, numbers_of(host), count);
+  if (device.kind != DeviceKind::cuda) {
+    expect_distinct(operation, numbers_of(rows), count);
+  } else if (rows.numel() > 0) {
+    REPRISE_CUDA_SIDE(operation, cuda::check_rows(rows.data<std::int64_t>(), rows.numel(), count,
+                                                  {fault_site(operation, not_there),
+                                                   fault_site(operation, chosen_twice)},
+                                                  cuda_fault_word(device), cuda_stream(device)));
+    settle_faults(device);
+  }
 }
 
 void take_rows(const Tensor& x, const Tensor& rows, const Tensor& y, bool accumulate) {
@@ -157,6 +179,7 @@ void take_rows(const Tensor& x, const Tensor& rows, const Tensor& y, bool accumu
              .from_rows = chosen.numbers,
              .count = chosen.count,
              .width = chosen.size.width,
+             .rows = chosen.size.rows,
              .accumulate = accumulate},
             x.device());
 }
@@ -179,7 +202,7 @@ void take_rows_gradient(const Tensor& rows, const Tensor& dy, const Tensor& dx, 
     return;
   }
   if (!accumulate) {
-    zero_rows(kName, to, nullptr, chosen.size, dx.device());
+    zero_rows(kName, to, nullptr, chosen.size, chosen.size.rows, dx.device());
   }
   copy_rows(kName,
             {.from = from,
@@ -187,6 +210,7 @@ void take_rows_gradient(const Tensor& rows, const Tensor& dy, const Tensor& dx, 
              .to_rows = chosen.numbers,
              .count = chosen.count,
              .width = chosen.size.width,
+             .rows = chosen.size.rows,
              .accumulate = accumulate},
             dx.device());
 }
@@ -209,7 +233,7 @@ void put_rows_gradient(const Tensor& rows, const Tensor& dout, const Tensor& dx,
     if (from.at != to.at) {
       copy_rows(kName, {.from = from, .to = to, .count = size.rows, .width = size.width}, device);
     }
-    zero_rows(kName, to, numbers, {count, size.width}, device);
+    zero_rows(kName, to, numbers, {count, size.width}, size.rows, device);
     return;
   }
   auto* marks = workspace.data<std::int32_t>();

@@ -19,7 +19,9 @@
 // Each row is chosen at most once, so that nothing depends on an order.
 // Errors    a row number outside of [0, N), by position; a row chosen twice, by number and both
 //           positions; other dtypes, shapes, devices or strides. Numbers are real on meta, and are
-//           checked there too. On a cuda device they are not: see expect_distinct_rows.
+//           checked there too. On a cuda device they are not: see expect_distinct_rows. There the
+//           kernels pass over rows that are not there, which they read as zeros, and of a row that
+//           is chosen twice either may be the one.
 // Workspace of put_rows_gradient, where it accumulates: 4 bytes for each of the N rows.
 #pragma once
 
@@ -39,8 +41,9 @@ void take_rows_gradient(const Tensor& rows, const Tensor& dy, const Tensor& dx,
 void put_rows_gradient(const Tensor& rows, const Tensor& dout, const Tensor& dx,
                        bool accumulate = false);
 
-// The checks of `rows` for a matrix of `count` rows on `device`. From a cuda device the numbers are
-// copied to the host for that: once for an op, not at every kernel.
+// The checks of `rows` for a matrix of `count` rows on `device`. A cuda device checks the numbers
+// itself, and the Error comes where the host waits for it (core/device_faults.h): once for an op,
+// not at every kernel.
 void expect_distinct_rows(std::string_view operation, const Tensor& rows, std::int64_t count,
                           Device device);
 

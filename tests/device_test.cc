@@ -11,6 +11,7 @@
 
 #include "autograd/dry_run.h"
 #include "core/cuda_device.h"
+#include "core/step_graph.h"
 #include "distributed/reducer.h"
 #include "kernels/low_rank.h"
 #include "kernels/reduce.h"
@@ -18,8 +19,10 @@
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
+#include "tests/error_of.h"
 #include "tests/op_case.h"
 #if defined(REPRISE_SHIM_DEVICE)
+#include "tests/simt/device_memory.h"
 #include "tests/simt/simt.h"
 #endif
 #include "train/on_device.h"
@@ -261,6 +264,129 @@ TEST_P(OnDevice, GradientsAreReducedAndDividedThere) {
   EXPECT_EQ(together.losses(2), alone.losses(2));
   EXPECT_EQ(gradient_digest(together.trainer->parameters()),
             gradient_digest(alone.trainer->parameters()));
+}
+
+#if defined(REPRISE_SHIM_DEVICE)
+// The shim runs what is captured at once: what cannot be captured throws.
+TEST_P(OnDevice, ForwardAndBackwardWaitForNothing) {
+  const Unchecked faster;
+  Subject real(GetParam(), kDevice);
+  const DryRunFor stands_for(DeviceKind::cuda);
+  Subject shadow(GetParam(), meta);
+  for (const bool positions : {false, true}) {
+    for (Subject* run : {&real, &shadow}) {
+      run->batch.padded_right = true;
+      if (positions) {
+        run->batch.positions = Tensor::zeros({2, 9}, DType::i64, run->batch.ids.device());
+      }
+    }
+    const Tensor value = Tensor::empty({}, DType::f32, kDevice);
+    const auto step = [&](Subject& run) {
+      Tape tape;
+      const Tape::Scope scope(tape, Policies::named("inputs-only"));
+      const Variable loss = run.model->loss(run.batch);
+      if (!loss.tensor().is_meta()) {
+        value.copy_from(loss.tensor());
+      }
+      backward(loss);
+      for (Parameter* p : run.model->parameters()) {
+        p->zero_gradient();
+      }
+    };
+    step(real);
+    const auto plan = std::make_shared<const MemoryPlan>(plan_step([&] { step(shadow); }));
+    StepGraph graph(cuda_streams(kDevice));
+    allocator(kDevice).begin_plan(plan);
+    EXPECT_EQ(testing::error_of([&] { graph.capture([&] { step(real); }); }), "no error");
+    EXPECT_EQ(allocator(kDevice).end_plan().strays, 0);
+    EXPECT_TRUE(std::isfinite(value.item<float>()));
+  }
+}
+#endif
+
+#if defined(REPRISE_SHIM_DEVICE)
+// What the shim's device has while it lives.
+class DeviceBytes {
+ public:
+  explicit DeviceBytes(std::int64_t bytes) {
+    testing::DeviceMemory::instance().total_bytes = bytes;
+  }
+  ~DeviceBytes() { testing::DeviceMemory::instance().total_bytes = before_; }
+  DeviceBytes(const DeviceBytes&) = delete;
+
+ private:
+  const std::int64_t before_ = testing::DeviceMemory::instance().total_bytes;
+};
+
+// A step whose activations count beside its parameters.
+struct LongSubject : Subject {
+  LongSubject(const Story& story, const std::string& policy) : Subject(story, kDevice, policy) {
+    batch.ids = batch.labels = Tensor::zeros({4, 25}, DType::i64, kDevice);
+    batch.mask = Tensor();
+  }
+};
+
+// The error names the policies that fit: those run where it was thrown, and no others.
+TEST_P(OnDevice, WithoutMemoryThePoliciesThatFitAreNamed) {
+  const Unchecked faster;
+  std::int64_t most = 0, least = INT64_MAX;
+  for (const std::string& policy : Policies::names()) {
+    const std::int64_t before = allocator(kDevice).report().live_bytes;
+    LongSubject run(GetParam(), policy);
+    allocator(kDevice).reset_peak();
+    (void)run.losses(2);
+    const std::int64_t bytes = allocator(kDevice).report().peak_bytes - before;
+    most = std::max(most, bytes);
+    least = std::min(least, bytes);
+  }
+  ASSERT_LT(least, most);
+  const CudaBytes now = cuda_bytes(kDevice);
+  const std::int64_t others = now.total_bytes - now.free_bytes;
+  const auto says = [&](const std::string& policy, std::int64_t bytes) {
+    const DeviceBytes device(others + bytes);
+    LongSubject run(GetParam(), policy);
+    return testing::error_of([&] { (void)run.losses(2); });
+  };
+  const std::int64_t middle = (least + most) / 2;
+  const std::string said = says("keep-all", middle);
+  EXPECT_TRUE(said.starts_with("[cuda] no memory for ")) << said;
+  EXPECT_NE(
+      said.find("(" + std::to_string(middle) + " bytes) that cuda:0 has this step fits under: "),
+      std::string::npos)
+      << said;
+  for (const std::string& policy : Policies::names()) {
+    const bool named = said.find(" " + policy + " with ") != std::string::npos;
+    EXPECT_EQ(says(policy, middle) == "no error", named) << policy << ": " << said;
+  }
+  EXPECT_EQ(says("inputs-only", most), "no error");
+  const std::string none = says("inputs-only", least - 1);
+  EXPECT_NE(none.find("; under no policy does this step fit in the "), std::string::npos) << none;
+  EXPECT_TRUE(none.ends_with("(" + std::to_string(least) + " bytes)")) << none;
+}
+#endif
+
+TEST_P(OnDevice, AWrongIdIsNamedByTheStep) {
+  const Unchecked faster;
+  Subject run(GetParam(), kDevice);
+  std::vector<std::int64_t> ids(18, 5), labels = ids;
+  ids[11] = 1000;
+  labels[4] = -3;
+  const auto says = [&](const std::vector<std::int64_t>& numbers,
+                        const std::vector<std::int64_t>& targets) {
+    nn::Batch batch = run.batch;
+    batch.ids = Tensor::from(numbers, {2, 9}, kDevice);
+    batch.labels = Tensor::from(targets, {2, 9}, kDevice);
+    return testing::error_of([&] { (void)run.trainer->step(batch, 1e-3); });
+  };
+  const std::string vocabulary = GetParam().config == kGpt2 ? "67" : "61";
+  EXPECT_EQ(says(ids, labels),
+            "[embedding] id at position 11 must be in [0, V) = [0, " + vocabulary + "), got 1000");
+  ids[11] = 6;
+  EXPECT_EQ(says(ids, labels),
+            "[linear_cross_entropy] label of row 3 must be -100 or in [0, V) = [0, " + vocabulary +
+                "), got -3");
+  labels[4] = -100;
+  EXPECT_EQ(says(ids, labels), "no error");
 }
 
 INSTANTIATE_TEST_SUITE_P(

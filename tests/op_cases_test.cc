@@ -565,6 +565,9 @@ TEST_P(OpMistakes, AreNamed) {
     std::string message = "no Error";
     try {
       mistake.call();
+      for (const Device device : cuda_devices_in_use()) {
+        cuda_synchronize(device);  // what the device has found is said where the host waits
+      }
     } catch (const Error& e) {
       message = e.what();
     }

@@ -7,6 +7,7 @@
 #include "core/allocator.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "nn/models/attend.h"
 
 namespace reprise::train {
 
@@ -56,6 +57,9 @@ nn::Batch on(const nn::Batch& batch, Device device) {
   }
   if (batch.labels.shares_storage(batch.ids)) {
     moved.labels = moved.ids;  // counted once, as there
+  }
+  if (batch.mask.defined() && !batch.padded_right && batch.mask.device().kind != DeviceKind::cuda) {
+    moved.padded_right = nn::is_padded_right(batch.mask);  // while it is here to be looked at
   }
   return moved;
 }

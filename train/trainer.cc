@@ -7,9 +7,11 @@
 #include <fmt/format.h>
 
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "core/progress.h"
 #include "distributed/sharded_state.h"
 #include "nn/optimizer/clip.h"
+#include "train/what_fits.h"
 
 namespace reprise::train {
 
@@ -42,6 +44,25 @@ double Trainer::forward_backward(const nn::Batch& batch) {
 }
 
 double Trainer::forward_backward(std::span<const nn::Batch> micro_batches, double scale) {
+  return explained(micro_batches, false, [&] { return sweeps(micro_batches, scale); });
+}
+
+// A device without memory for a step: says which policies would fit, too.
+double Trainer::explained(std::span<const nn::Batch> micro_batches, bool updates,
+                          const std::function<double()>& step) {
+  try {
+    return step();
+  } catch (const OutOfMemory& error) {
+    if (sharding_ != nullptr || error.device() != parameters_.front()->value().device()) {
+      throw;
+    }
+    throw OutOfMemory(error.what() + what_fits(model_, options_, micro_batches,
+                                               {updates, steps_ > 0}, error.available_bytes()),
+                      error.device(), error.available_bytes());
+  }
+}
+
+double Trainer::sweeps(std::span<const nn::Batch> micro_batches, double scale) {
   if (micro_batches.empty()) {
     fail("train", "a step needs at least one micro-batch");
   }
@@ -93,14 +114,16 @@ double Trainer::step(const nn::Batch& batch, double learning_rate) {
 }
 
 double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale) {
-  const double loss = forward_backward(micro_batches, scale);
-  const PhaseScope phase(Phase::optimizer);
-  optimizer_.step(learning_rate, clip_scale());
-  if (sharding_ != nullptr) {
-    sharding_->updated();
-  }
-  ++steps_;
-  return loss;
+  return explained(micro_batches, true, [&] {
+    const double loss = sweeps(micro_batches, scale);
+    const PhaseScope phase(Phase::optimizer);
+    optimizer_.step(learning_rate, clip_scale());
+    if (sharding_ != nullptr) {
+      sharding_->updated();
+    }
+    ++steps_;
+    return loss;
+  });
 }
 
 void Trainer::report_unreached(const std::vector<Parameter*>& parameters) {

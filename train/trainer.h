@@ -58,7 +58,7 @@ class Trainer {
 
   // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
   // where a step is a dry run with the same allocations. Throws Diverged before anything is
-  // updated.
+  // updated, and OutOfMemory, which says what every policy would take (what_fits.h).
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
@@ -81,6 +81,9 @@ class Trainer {
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
+  double explained(std::span<const nn::Batch> micro_batches, bool updates,
+                   const std::function<double()>& step);
+  double sweeps(std::span<const nn::Batch> micro_batches, double scale);
   double sweep(const nn::Batch& batch, double scale, bool last);
   void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.

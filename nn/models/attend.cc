@@ -12,8 +12,6 @@
 
 namespace reprise::nn {
 
-namespace {
-
 bool is_padded_right(const Tensor& mask) {
   const std::vector<std::int64_t> seen = mask.to_vector<std::int64_t>();
   const auto S = static_cast<std::size_t>(mask.size(1));
@@ -26,11 +24,10 @@ bool is_padded_right(const Tensor& mask) {
   return true;
 }
 
-}  // namespace
-
 Visible visible_of(const Batch& batch) {
   Visible visible{.mask = batch.mask, .documents = {}};
-  visible.padded_right = batch.mask.defined() && is_padded_right(batch.mask);
+  visible.padded_right = batch.mask.defined() &&
+                         (batch.padded_right ? *batch.padded_right : is_padded_right(batch.mask));
   if (batch.starts.empty()) {
     return visible;
   }

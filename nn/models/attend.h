@@ -21,6 +21,8 @@ struct Visible {
   std::int64_t most_documents = 0;
 };
 Visible visible_of(const Batch& batch);
+// Whether each row of a mask [B, T] is one or more tokens, then only padding.
+bool is_padded_right(const Tensor& mask);
 
 struct AttendOptions {
   double scale = 1;

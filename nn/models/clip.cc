@@ -18,6 +18,7 @@
 #include "autograd/rows.h"
 #include "autograd/scaling.h"
 #include "autograd/shape.h"
+#include "kernels/tokens.h"
 #include "nn/blocks.h"
 #include "nn/initialize.h"
 #include "nn/models/attend.h"
@@ -64,13 +65,9 @@ JsonReader tower_of(JsonReader& json, const std::string& key) {
 }
 
 Tensor numbered(std::int64_t rows, std::int64_t count, Device device) {
-  std::vector<std::int64_t> numbers;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      numbers.push_back(i);
-    }
-  }
-  return Tensor::from(numbers, Shape{rows, count}, device);
+  const Tensor numbers = Tensor::empty(Shape{rows, count}, DType::i64, device);
+  kernels::count_positions(numbers);
+  return numbers;
 }
 
 // Of the blocks. The rest of a tower is the caller's.

@@ -8,6 +8,7 @@
 #include "autograd/linear_cross_entropy.h"
 #include "autograd/matmul.h"
 #include "autograd/shape.h"
+#include "kernels/tokens.h"
 #include "nn/linear.h"
 #include "nn/weights/json.h"
 
@@ -23,23 +24,22 @@ void expect_ids(std::string_view argument, const Tensor& tensor, const Shape& sh
 
 // Column t holds the label of t + 1, -100 at the end of each text.
 Tensor shifted(const Batch& batch) {
-  const std::int64_t B = batch.labels.size(0), T = batch.labels.size(1);
-  const std::vector<std::int64_t> labels = batch.labels.to_vector<std::int64_t>();
-  std::vector<std::int64_t> targets(labels.size(), -100);
-  for (std::int64_t b = 0; b < B; ++b) {
-    for (std::int64_t t = 0; t + 1 < T; ++t) {
-      targets[static_cast<std::size_t>(b * T + t)] =
-          labels[static_cast<std::size_t>(b * T + t + 1)];
-    }
-    if (!batch.starts.empty()) {
-      for (const std::int64_t start : batch.starts[static_cast<std::size_t>(b)]) {
-        if (start > 0) {
-          targets[static_cast<std::size_t>(b * T + start - 1)] = -100;
-        }
+  const std::int64_t T = batch.labels.size(1);
+  const Device device = batch.labels.device();
+  std::vector<std::int64_t> ends;
+  for (std::size_t b = 0; b < batch.starts.size(); ++b) {
+    for (const std::int64_t start : batch.starts[b]) {
+      if (start > 0) {
+        ends.push_back(static_cast<std::int64_t>(b) * T + start - 1);
       }
     }
   }
-  return Tensor::from(targets, Shape{B * T}, batch.labels.device());
+  const Tensor targets = Tensor::empty(Shape{batch.labels.numel()}, DType::i64, device);
+  const Tensor borders =
+      ends.empty() ? Tensor()
+                   : Tensor::from(ends, Shape{static_cast<std::int64_t>(ends.size())}, device);
+  kernels::next_labels(batch.labels.contiguous(), borders, targets);
+  return targets;
 }
 
 }  // namespace
@@ -121,21 +121,23 @@ Tensor LanguageModel::positions_of(const Batch& batch, bool every_row) {
   if (batch.ids.numel() == 0) {  // T may be anything
     return Tensor::empty(Shape{B, T}, DType::i64, batch.ids.device());
   }
-  const bool same = batch.starts.empty() && !every_row;
-  const std::int64_t rows = same ? 1 : B;
+  if (batch.starts.empty()) {
+    const Tensor counted =
+        Tensor::empty(every_row ? Shape{B, T} : Shape{T}, DType::i64, batch.ids.device());
+    kernels::count_positions(counted);
+    return counted;
+  }
   std::vector<std::int64_t> positions;
-  for (std::int64_t b = 0; b < rows; ++b) {
+  for (const std::vector<std::int64_t>& starts : batch.starts) {
     std::size_t text = 0;
     for (std::int64_t t = 0; t < T; ++t) {
-      const auto* const starts =
-          batch.starts.empty() ? nullptr : &batch.starts[static_cast<std::size_t>(b)];
-      while (starts != nullptr && text + 1 < starts->size() && (*starts)[text + 1] <= t) {
+      while (text + 1 < starts.size() && starts[text + 1] <= t) {
         ++text;
       }
-      positions.push_back(t - (starts != nullptr ? (*starts)[text] : 0));
+      positions.push_back(t - starts[text]);
     }
   }
-  return Tensor::from(positions, same ? Shape{T} : Shape{B, T}, batch.ids.device());
+  return Tensor::from(positions, Shape{B, T}, batch.ids.device());
 }
 
 std::vector<NamedOutput> LanguageModel::outputs(const Batch& batch) {

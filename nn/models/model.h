@@ -30,6 +30,9 @@ struct Batch {
   Tensor ids;     // [B, T]
   Tensor labels;  // [B, T], unshifted: the target of position t is labels[t + 1]; -100 is ignored
   Tensor mask;    // optional, [B, T]: 1 token, 0 padding, which no query sees
+  // Whether each row of the mask is one or more tokens, then only padding. Absent: the model looks,
+  // for which the host waits where the mask is on a cuda device.
+  std::optional<bool> padded_right;
   Tensor positions;  // optional, [B, T] or [3, B, T]: 0 .. T-1 otherwise, or as the model counts
   // Optional: several texts in one row, each seeing itself only. Row b consists of texts that start
   // at starts[b], ascending from 0. Positions begin anew in each unless they are given; so does the

@@ -22,8 +22,10 @@ struct Rotation {
   }
 };
 
-// `options` but for the attention factor, which the config has. Throws Error for positions below 0
-// or from kMostPositions on.
+// `options` but for the attention factor, which the config has. Positions [T] count from 0. Throws
+// Error for positions below 0 or from kMostPositions on. A cuda device checks them itself
+// (core/device_faults.h); the host waits for them only where frequencies depend on the length
+// (RopeScaling::dynamic) and rows differ.
 Rotation rotation_of(const RopeConfig& config, const Tensor& positions, Device device,
                      RopeOptions options = {});
 

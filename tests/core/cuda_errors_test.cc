@@ -9,6 +9,7 @@
 #include "core/allocator.h"
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
 
 namespace reprise {
 namespace {
@@ -61,7 +62,8 @@ class Little final : public MemorySource {
  public:
   void* allocate(std::size_t bytes) override {
     if (bytes > 1000) {
-      fail("cuda", "no memory for {} bytes on cuda:0", bytes);
+      throw OutOfMemory(fmt::format("[cuda] no memory for {} bytes on cuda:0", bytes),
+                        {DeviceKind::cuda, 0}, 100);
     }
     return block_;
   }
@@ -87,6 +89,15 @@ TEST(CudaErrors, OutOfMemorySaysWhoHoldsWhat) {
             "900 bytes: parameters 700, saved 200; segments: block.3 200; policies that keep less "
             "share 200 of them, `reprise memory` says which one fits");
   EXPECT_EQ(allocator.report().live_bytes, 900);
+  try {
+    std::uint32_t none = 0;
+    std::uint64_t number = 0;
+    allocator.allocate(5000, MemoryKind::activations, true, none, number);
+    FAIL() << "no error";
+  } catch (const OutOfMemory& error) {
+    EXPECT_EQ(error.device(), (Device{DeviceKind::cuda, 0}));
+    EXPECT_EQ(error.available_bytes(), 1000);  // what was free, and what is held
+  }
   allocator.free(values, 200, MemoryKind::saved, segment, second);
   allocator.free(weights, 700, MemoryKind::parameters, unnamed, first);
 }

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include <cuda_runtime_api.h>
 
@@ -48,6 +49,9 @@ void cuda_check(const char* operation, int status) {
     const std::string advice = cuda_advice(status);
     fail(operation, "CUDA: status {}{}{}", status, advice.empty() ? "" : ": ", advice);
   }
+}
+int cuda_wait(void*) {
+  return std::exchange(testing::recorded_library().status, 0);
 }
 }  // namespace reprise
 
@@ -163,6 +167,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
                               cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t,
                               const cublasLtMatmulAlgo_t* algorithm, void*, size_t workspace_bytes,
                               cudaStream_t) {
+  if (!recorded_library().multiplies) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
   RecordedProduct p = as<RecordedProduct>(description);
   const Layout &x = as<Layout>(a_layout), &y = as<Layout>(b_layout), &z = as<Layout>(c_layout);
   p.first_type = x.type, p.second_type = y.type, p.result_type = z.type;

@@ -40,6 +40,8 @@ struct RecordedLibrary {
   std::size_t version = 130400;
   bool knows_algorithms = true;  // false: AlgoCheck refuses all
   bool has_algorithm = true;     // false: the heuristic finds none
+  bool multiplies = true;        // false: a product is refused
+  int status = 0;                // what the next wait for the stream finds
 };
 RecordedLibrary& recorded_library();
 

@@ -222,6 +222,24 @@ TEST(Launch, AFailureNamesKernelAndSizes) {
             "[rms_norm] CUDA: status 700" + as);
 }
 
+TEST(Matmul, ARefusedProductNamesItsSizes) {
+  recorded_library().multiplies = false;
+  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4, false, false, DType::bf16)); }),
+            "[matmul] cuBLASLt: product of [2, 4] x [4, 3] of bf16 to f32: not supported");
+  recorded_library().multiplies = true;
+}
+
+// REPRISE_CUDA_CHECKED=1
+TEST(MatmulChecked, AFaultIsThatOfTheProductThatMadeIt) {
+  if (!cuda_checked()) {
+    GTEST_SKIP() << "not in checked mode";
+  }
+  recorded_library().status = 700;
+  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4)); }),
+            "[matmul] CUDA: status 700, asked for [2, 4] x [4, 3] of f32 to f32");
+  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4)); }), "no error");
+}
+
 class MatmulChoicesFile : public ::testing::Test {
  protected:
   MatmulChoicesFile() {

@@ -125,6 +125,22 @@ std::vector<OpCase> embedding_cases() {
       row("no_ids", {0}, 6, 5),
       row("no_columns", {3}, 6, 0),
   };
+  // Runs of one id that fill and cross the chunks in which a device adds them up, and more ids than
+  // it sorts in a tile.
+  const auto runs = [](std::int64_t count, auto id) {
+    std::vector<std::int64_t> ids;
+    for (std::int64_t i = 0; i < count; ++i) {
+      ids.push_back(id(i));
+    }
+    return ids;
+  };
+  cases.push_back(row("all_equal", {5, 41}, 9, 20, runs(205, [](auto) { return 4; })));
+  cases.push_back(row("one_chunk", {32}, 3, 8, runs(32, [](auto) { return 2; })));
+  cases.push_back(row("long_runs", {2, 150}, 7, 12, runs(300, [](auto i) {
+                        return i % 3 == 0 ? 6 : i < 97 ? 1 : i % 50 == 0 ? 0 : 3;
+                      })));
+  cases.push_back(row("several_tiles", {2, 2100}, 70000, 1,
+                      runs(4200, [](auto i) { return i % 5 == 0 ? 69999 : i * 7919 % 70000; })));
   cases[0].mistakes = mistakes();
   OpCase large = row("benchmark", {4, 512}, 50257, 768);
   large.benchmark = true;

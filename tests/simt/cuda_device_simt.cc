@@ -5,10 +5,14 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "core/arena.h"
 #include "core/cuda_device.h"
+#include "core/cuda_errors.h"
 #include "core/error.h"
+#include "core/out_of_memory.h"
+#include "core/step_graph.h"
 #include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
 #include "tests/simt/device_memory.h"
@@ -25,6 +29,8 @@ void expect_present(Device device) {
 
 using testing::DeviceMemory;
 
+std::int64_t held_bytes = 0;  // of the device
+
 class ShimMemory final : public MemorySource {
  public:
   ShimMemory() {
@@ -34,11 +40,19 @@ class ShimMemory final : public MemorySource {
     };
   }
   void* allocate(std::size_t bytes) override {
+    const std::int64_t total = DeviceMemory::instance().total_bytes;
+    if (held_bytes + static_cast<std::int64_t>(bytes) > total) {
+      throw OutOfMemory(fmt::format("[cuda] no memory for {} bytes on cuda:0: {} of {} are free",
+                                    bytes, total - held_bytes, total),
+                        {DeviceKind::cuda, 0}, total - held_bytes);
+    }
+    held_bytes += static_cast<std::int64_t>(bytes);
     void* const at = DeviceMemory::instance().allocate(bytes);
     simt::add_memory(at, bytes, fmt::format("tensor {}", ++count_), false);
     return at;
   }
-  void free(void* at, std::size_t) noexcept override {
+  void free(void* at, std::size_t bytes) noexcept override {
+    held_bytes -= static_cast<std::int64_t>(bytes);
     simt::remove_memory(at);
     DeviceMemory::instance().free(at);
   }
@@ -67,11 +81,19 @@ Allocator& cuda_allocator(Device device) {
 std::vector<Device> cuda_devices_in_use() {
   return in_use ? std::vector<Device>{{DeviceKind::cuda, 0}} : std::vector<Device>{};
 }
-void cuda_copy(void* to, Device to_device, const void* from, Device, std::size_t bytes) {
-  const DeviceMemory::Access access;
-  std::memcpy(to, from, bytes);
+void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
+               std::size_t bytes) {
+  if (!(to_device == from_device)) {
+    expect_not_capturing("cuda_copy", "the host reads or writes elements");
+  }
+  {
+    const DeviceMemory::Access access;
+    std::memcpy(to, from, bytes);
+  }
   if (to_device.kind == DeviceKind::cuda) {
     simt::define_memory(to, bytes);
+  } else {
+    throw_fault(*cuda_fault_word({DeviceKind::cuda, 0}));
   }
 }
 void cuda_zero(void* at, Device, std::size_t bytes) {
@@ -83,11 +105,23 @@ void cuda_zero(void* at, Device, std::size_t bytes) {
   std::memset(at, 0, bytes);
 }
 void cuda_synchronize(Device device) {
+  expect_not_capturing("cuda_synchronize", "the host waits for the device");
   expect_present(device);
+  throw_fault(*cuda_fault_word(device));
+}
+// Memory of the host's that kernels may touch, too.
+DeviceFault* cuda_fault_word(Device) {
+  static DeviceFault& word = [&]() -> DeviceFault& {
+    static DeviceFault instance;
+    simt::add_memory(&instance, sizeof instance, "the fault word", true);
+    return instance;
+  }();
+  return &word;
 }
 CudaBytes cuda_bytes(Device device) {
-  constexpr std::int64_t kTotalBytes = std::int64_t{64} << 30;
-  return {kTotalBytes - cuda_allocator(device).report().live_bytes, kTotalBytes};
+  const std::int64_t total_bytes = DeviceMemory::instance().total_bytes;
+  (void)cuda_allocator(device);
+  return {total_bytes - held_bytes, total_bytes};
 }
 // The host runs the kernels, so it is the compute stream.
 Streams& cuda_streams(Device device) {
@@ -109,8 +143,14 @@ Streams& cuda_streams(Device device) {
 void* cuda_stream(Device device) {
   return cuda_streams(device).stream(StreamKind::compute);
 }
+int cuda_wait(void*) {
+  return std::exchange(DeviceMemory::instance().next_status, 0);
+}
 void cuda_check(const char* operation, int status) {
-  ensure(status == 0, "[{}] the shim has no status {}", operation, status);
+  if (status != 0) {
+    const std::string advice = cuda_advice(status);
+    fail(operation, "CUDA: status {}{}{}", status, advice.empty() ? "" : ": ", advice);
+  }
 }
 
 }  // namespace reprise

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdint>
+#include <cstdlib>
 #include <iterator>
 #include <string_view>
 
@@ -38,6 +39,9 @@ DeviceMemory& DeviceMemory::instance() {
 }
 
 DeviceMemory::DeviceMemory() {
+  if (const char* const bytes = std::getenv("REPRISE_SHIM_BYTES")) {
+    total_bytes = std::atoll(bytes);
+  }
   void* const at =
       mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ensure(at != MAP_FAILED, "no range of addresses for the shim's device");

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <mutex>
 
@@ -17,6 +18,10 @@ class DeviceMemory {
   void* allocate(std::size_t bytes);
   void free(void* at) noexcept;
   bool holds(const void* at) const;
+  // What the device has: 64 GiB, or as many bytes as REPRISE_SHIM_BYTES says.
+  std::int64_t total_bytes = std::int64_t{64} << 30;
+  // What the next wait for a library's call finds (a cudaError_t).
+  int next_status = 0;
 
   // While one lives, the memory may be touched.
   class Access {
