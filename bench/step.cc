@@ -36,7 +36,7 @@ struct Options {
   std::int64_t batch = 4, tokens = 512, layers = 0, lora = 0;
   int threads = 2, warmup = 2, steps = 5, keep_first = 0;
   double learning_rate = 1e-4;
-  bool masters = false, dry_run = false, all_linear = false, fresh = false;
+  bool masters = false, dry_run = false, all_linear = false, fresh = false, graph = false;
   Device device = cpu;  // of --device, or meta
 
   DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
@@ -231,6 +231,7 @@ nlohmann::json run(Options options) {
   trainer_options.adamw.weight_decay = 0.1;
   trainer_options.adamw.master_weights = options.masters;
   trainer_options.policies = policies_of(options);
+  trainer_options.graph = options.graph;
   train::Trainer trainer(*model, generator, trainer_options);
   std::vector<double> times, losses;
   double first_ms = 0;
@@ -269,6 +270,7 @@ nlohmann::json run(Options options) {
                {"replayed_records", tape.replayed_records},
                {"flops", tape.forward_flops + tape.backward_flops},
                {"replay_flops", tape.replay_flops},
+               {"graph_launches", trainer.launches()},
                {"losses", losses}});
   return json;
 }
@@ -289,6 +291,8 @@ int main(int argc, char** argv) {
   app.add_option("--device", options.place, "cpu, cuda or cuda:N");
   app.add_flag("--masters", options.masters, "float32 master weights");
   app.add_flag("--dry-run", options.dry_run, "On meta: peak bytes predicted, no time or loss");
+  app.add_flag("--graph", options.graph,
+               "Steps are launches of a captured graph, from the third on (cuda)");
   app.add_flag("--fresh", options.fresh, "Another batch at every step");
   app.add_flag("--all-linear", options.all_linear, "The adapter on every linear layer");
   app.add_option("--keep-first", options.keep_first, "Blocks from the first on that keep all");

@@ -63,7 +63,9 @@ std::string_view name(MemoryKind kind) {
 }
 
 Allocator::Allocator(Device device, std::unique_ptr<MemorySource> source)
-    : device_(device), source_(std::move(source)), start_(std::chrono::steady_clock::now()) {}
+    : device_(device),
+      source_(std::move(source), device != cpu && device.kind != DeviceKind::meta),
+      start_(std::chrono::steady_clock::now()) {}
 
 std::int64_t Allocator::transient_bytes() const {
   return live_[static_cast<std::size_t>(MemoryKind::activations)] +
@@ -247,7 +249,7 @@ void Allocator::begin_plan(std::shared_ptr<const MemoryPlan> plan) {
 Allocator::PlanUse Allocator::end_plan() {
   std::lock_guard lock(mutex_);
   source_.end();
-  return {source_.reserved_bytes(), source_.strays()};
+  return {source_.reserved_bytes(), source_.strays(), source_.gone(), source_.reserved()};
 }
 
 void Allocator::set_timeline(bool on) {

@@ -97,6 +97,8 @@ class Allocator {
   struct PlanUse {
     std::int64_t reserved_bytes = 0;
     std::int64_t strays = 0;  // blocks that were not where the plan says: 0, or the step differed
+    std::int64_t gone = 0;    // blocks from before the step that a captured one has freed
+    std::shared_ptr<const void> reserved;  // keeps the memory where it is: for a captured step
   };
   PlanUse end_plan();
 

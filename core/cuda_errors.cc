@@ -4,6 +4,7 @@
 
 #include "core/cuda_device.h"
 #include "core/error.h"
+#include "core/step_graph.h"
 
 namespace reprise {
 
@@ -49,7 +50,7 @@ bool cuda_checked() {
     const char* const value = std::getenv("REPRISE_CUDA_CHECKED");
     return value != nullptr && std::string_view(value) == "1";
   }();
-  return checked;
+  return checked && !capturing();  // a step that is being captured is not done, and not waited for
 }
 
 namespace {

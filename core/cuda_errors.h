@@ -16,7 +16,7 @@ std::string cuda_advice(int status);
 void expect_capability(std::string_view device, std::string_view card, int major, int minor);
 
 // REPRISE_CUDA_CHECKED=1: every launch is waited for, so that a fault is found at the kernel that
-// made it.
+// made it. Those of a captured step are not: there is nothing to wait for while they are captured.
 bool cuda_checked();
 
 struct LaunchSizes {

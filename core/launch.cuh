@@ -58,14 +58,19 @@ __device__ T* dynamic_shared() {
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), LaunchShape shape, cudaStream_t,
             const A&... arguments) {
-  const auto call = [&]() __attribute__((no_sanitize("thread"))) {
+  const auto call = [=]() __attribute__((no_sanitize("thread"))) {
     kernel(P(arguments)...);
   };
-  simt::run(
-      name, shape.grid, shape.block, shape.shared_bytes,
-      [](const void* at)
-          __attribute__((no_sanitize("thread"))) { (*static_cast<decltype(call)*>(at))(); },
-      &call);
+  using Call = decltype(call);
+  const simt::Body body = [](const void* at) __attribute__((no_sanitize("thread"))) {
+    (*static_cast<Call*>(at))();
+  };
+  if (simt::capturing()) {
+    simt::capture(name, shape.grid, shape.block, shape.shared_bytes, body, new Call(call),
+                  [](const void* at) { delete static_cast<Call*>(at); });
+  } else {
+    simt::run(name, shape.grid, shape.block, shape.shared_bytes, body, &call);
+  }
 }
 
 template <class T>

@@ -103,12 +103,11 @@ MemoryPlan plan_memory(std::span<const Lifetime> trace) {
   return best;
 }
 
-PlannedArena::PlannedArena(std::unique_ptr<MemorySource> source) : source_(std::move(source)) {}
+PlannedArena::PlannedArena(std::unique_ptr<MemorySource> source, bool device)
+    : source_(std::move(source)), device_(device) {}
 
 PlannedArena::~PlannedArena() {
-  if (base_ != nullptr) {
-    source_->free(base_, static_cast<std::size_t>(reserved_bytes_));
-  }
+  give_back_late();
 }
 
 void PlannedArena::begin(std::shared_ptr<const MemoryPlan> plan) {
@@ -117,16 +116,20 @@ void PlannedArena::begin(std::shared_ptr<const MemoryPlan> plan) {
     fail("memory plan", "another plan is in use");
   }
   if (plan->bytes > reserved_bytes_ && live_.empty()) {
-    if (base_ != nullptr) {
-      source_->free(std::exchange(base_, nullptr), static_cast<std::size_t>(reserved_bytes_));
-      reserved_bytes_ = 0;
-    }
-    base_ = static_cast<char*>(source_->allocate(static_cast<std::size_t>(plan->bytes)));
+    base_ = nullptr;
+    reserved_bytes_ = 0;
+    reserved_ = nullptr;
+    const auto bytes = static_cast<std::size_t>(plan->bytes);
+    void* const at = source_->allocate(bytes);
+    reserved_ = std::shared_ptr<const void>(
+        at, [source = source_, at, bytes](const void*) { source->free(at, bytes); });
+    base_ = static_cast<char*>(at);
     reserved_bytes_ = plan->bytes;
   }
   plan_ = std::move(plan);
   next_ = 0;
   strays_ = 0;
+  gone_ = 0;
   off_plan_ = plan_->bytes > reserved_bytes_;
 }
 
@@ -143,13 +146,20 @@ bool PlannedArena::vacant(std::int64_t offset, std::int64_t bytes) const {
 // A captured step would find its blocks at these addresses at each launch: only the plan's are its
 // own.
 void* PlannedArena::elsewhere(std::size_t bytes) {
-  if (capturing()) {
+  if (device_ && capturing()) {
     fail("allocate",
          "a block of {} bytes is not in the step's memory plan, and cannot be part of a captured "
          "step: capture from the second step on, with the plan of the same step",
          bytes);
   }
+  give_back_late();
   return source_->allocate(bytes);
+}
+
+void PlannedArena::give_back_late() {
+  for (const auto& [at, bytes] : std::exchange(late_, {})) {
+    source_->free(at, bytes);
+  }
 }
 
 void* PlannedArena::allocate(std::size_t bytes) {
@@ -178,7 +188,11 @@ void PlannedArena::free(void* at, std::size_t bytes) noexcept {
   const char* block = static_cast<const char*>(at);
   if (base_ != nullptr && !before(block, base_) && before(block, base_ + reserved_bytes_)) {
     live_.erase(block - base_);
+  } else if (device_ && capturing()) {
+    ++gone_;
+    late_.emplace_back(at, bytes);
   } else {
+    give_back_late();
     source_->free(at, bytes);
   }
 }

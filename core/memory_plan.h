@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace reprise {
@@ -47,7 +48,9 @@ MemoryPlan plan_memory(std::span<const Lifetime> trace);
 // says: a block is handed out again as soon as it is freed.
 class PlannedArena {
  public:
-  explicit PlannedArena(std::unique_ptr<MemorySource> source);
+  // `device`: work that is captured (core/step_graph.h) uses its addresses, so that meanwhile
+  // blocks of the plan only are handed out, and others are given back afterwards.
+  explicit PlannedArena(std::unique_ptr<MemorySource> source, bool device = true);
   ~PlannedArena();
   PlannedArena(const PlannedArena&) = delete;
 
@@ -63,19 +66,27 @@ class PlannedArena {
   std::int64_t reserved_bytes() const { return reserved_bytes_; }
   // Since begin(): blocks that the plan should have had and that came from the other source.
   std::int64_t strays() const { return strays_; }
+  // Since begin(): blocks from before that were freed while a step was captured.
+  std::int64_t gone() const { return gone_; }
+  // What is reserved; it stays as long as this is held, whatever plan comes next.
+  std::shared_ptr<const void> reserved() const { return reserved_; }
 
  private:
   void* elsewhere(std::size_t bytes);
   bool vacant(std::int64_t offset, std::int64_t bytes) const;
+  void give_back_late();
 
-  const std::unique_ptr<MemorySource> source_;
+  const std::shared_ptr<MemorySource> source_;
+  const bool device_;
   std::shared_ptr<const MemoryPlan> plan_;
   std::size_t next_ = 0;
   bool off_plan_ = false;
   char* base_ = nullptr;
+  std::shared_ptr<const void> reserved_;
   std::int64_t reserved_bytes_ = 0;
   std::map<std::int64_t, std::int64_t> live_;  // end of each block by its offset
-  std::int64_t strays_ = 0;
+  std::int64_t strays_ = 0, gone_ = 0;
+  std::vector<std::pair<void*, std::size_t>> late_;  // to be given back after the capture
 };
 
 }  // namespace reprise

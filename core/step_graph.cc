@@ -8,6 +8,7 @@ namespace reprise {
 namespace {
 
 thread_local bool capture_under_way = false;
+thread_local const std::uint64_t* shift_of_draws = nullptr;
 
 }  // namespace
 
@@ -63,6 +64,16 @@ void StepGraph::launch() {
   expect_not_capturing("launch", "a graph of its own");
   streams_.calls().use_device();
   streams_.calls().launch(graph_, streams_.stream(StreamKind::compute));
+}
+
+ShiftDraws::ShiftDraws(const std::uint64_t* shift)
+    : before_(std::exchange(shift_of_draws, shift)) {}
+ShiftDraws::~ShiftDraws() {
+  shift_of_draws = before_;
+}
+
+const std::uint64_t* draw_shift() {
+  return shift_of_draws;
 }
 
 }  // namespace reprise

@@ -12,6 +12,7 @@
 // blocks that do not lie where the memory plan says.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string_view>
@@ -44,5 +45,21 @@ class StepGraph {
 bool capturing();
 // Throws Error when it is: "[cuda_copy] cannot be part of a captured step: <why>".
 void expect_not_capturing(std::string_view operation, std::string_view why);
+
+// While one lives on this thread, kernels of a cuda device that draw random numbers add *shift, a
+// word of device memory that is read when they run, to their offsets (core/philox.h). So a captured
+// step draws on at each launch: the word is how far the generator is ahead of where it was at the
+// capture.
+class ShiftDraws {
+ public:
+  explicit ShiftDraws(const std::uint64_t* shift);
+  ~ShiftDraws();
+  ShiftDraws(const ShiftDraws&) = delete;
+
+ private:
+  const std::uint64_t* const before_;
+};
+// Of the innermost ShiftDraws; null: there is none, and nothing is added.
+const std::uint64_t* draw_shift();
 
 }  // namespace reprise

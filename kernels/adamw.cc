@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/cuda_device.h"
@@ -107,6 +108,9 @@ void run_on_cpu(std::span<const AdamWTensor> tensors, std::span<const AdamWScala
   parallel_for(firsts.back(), 1, [&](std::int64_t chunk, std::int64_t) {
     const auto next = std::upper_bound(firsts.begin(), firsts.end(), chunk);
     const auto i = static_cast<std::size_t>(next - firsts.begin() - 1);
+    if (std::isnan(scalars[i].gradient_scale)) {
+      return;
+    }
     const std::int64_t begin = (chunk - firsts[i]) * kChunkElements;
     cpu::adamw_run(runs[i], scalars[i], begin,
                    std::min(tensors[i].value.numel(), begin + kChunkElements));
@@ -185,6 +189,50 @@ void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars) {
   std::vector<AdamWScalars> rows(tensors.size());
   std::memcpy(rows.data(), scalars.raw(), rows.size() * sizeof(AdamWScalars));
   run_on_cpu(tensors, rows);
+}
+
+void adamw_gradient_scale(const Tensor& squares, const Tensor& losses, double max_norm,
+                          const Tensor& scalars, const Tensor& outcome) {
+  constexpr const char* op = "adamw_gradient_scale";
+  if (!(max_norm >= 0) || std::isinf(max_norm)) {
+    fail(op, "max_norm must be 0 or more, got {}", max_norm);
+  }
+  const std::int64_t count = losses.numel(), rows = scalars.numel() / kAdamWScalars;
+  expect_dtype(op, "squares", squares, DType::f64);
+  expect_shape(op, "squares", squares, {squares.numel()}, "[tensors]");
+  expect_dtype(op, "losses", losses, DType::f32);
+  expect_shape(op, "losses", losses, {count}, "[L]");
+  expect_dtype(op, "scalars", scalars, DType::f32);
+  expect_shape(op, "scalars", scalars, {rows, kAdamWScalars}, "[rows, scalars]");
+  expect_dtype(op, "outcome", outcome, DType::f64);
+  expect_shape(op, "outcome", outcome, {count + 1}, "[L + 1]");
+  for (const auto& [argument, tensor] :
+       {std::pair("squares", &squares), std::pair("losses", &losses),
+        std::pair("scalars", &scalars), std::pair("outcome", &outcome)}) {
+    expect_device(op, argument, *tensor, outcome.device());
+    expect_contiguous(op, argument, *tensor);
+  }
+  if (outcome.is_meta()) {
+    return;
+  }
+  AdamWOutcome call{squares.numel() == 0 ? nullptr : squares.data<double>(),
+                    squares.numel(),
+                    count == 0 ? nullptr : losses.data<float>(),
+                    count,
+                    max_norm,
+                    rows == 0 ? nullptr : static_cast<AdamWScalars*>(scalars.raw()),
+                    rows,
+                    outcome.data<double>(),
+                    nullptr};
+  if (outcome.device().kind == DeviceKind::cuda) {
+    call.fault = &cuda_fault_word(outcome.device())->site;
+    REPRISE_CUDA_SIDE(op, cuda::adamw_gradient_scale(call, cuda_stream(outcome.device())));
+    return;
+  }
+  const float scale = adamw_scale_of(call);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    call.scalars[i].gradient_scale = scale;
+  }
 }
 
 }  // namespace reprise::kernels

@@ -48,12 +48,32 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t after = begin + kAdamWChunkElements;
   const std::int64_t end = after < item.count ? after : item.count;
   const Step step{item.run, item.in_memory == nullptr ? item.scalars : *item.in_memory};
+  if (isnan(step.c.gradient_scale)) {
+    return;
+  }
   for (std::int64_t at = begin + threadIdx.x * kRun; at < end; at += kThreads * kRun) {
     step(0, at, end - at < kRun ? static_cast<int>(end - at) : kRun);
   }
 }
 
+// One block.
+__global__ void __launch_bounds__(kThreads) gradient_scale_kernel(AdamWOutcome of) {
+  __shared__ float scale;
+  if (threadIdx.x == 0) {
+    scale = adamw_scale_of(of);
+  }
+  __syncthreads();
+  for (std::int64_t i = threadIdx.x; i < of.rows; i += kThreads) {
+    of.scalars[i].gradient_scale = scale;
+  }
+}
+
 }  // namespace
+
+void adamw_gradient_scale(const AdamWOutcome& of, void* stream) {
+  launch("adamw_gradient_scale", gradient_scale_kernel, {dim3(1), dim3(kThreads)},
+         static_cast<cudaStream_t>(stream), of);
+}
 
 void adamw(std::span<const AdamWItem> items, void* stream) {
   for_lists(items, kAdamWChunkElements, [&](const Listed<AdamWItem>& list, int chunks) {

@@ -50,4 +50,18 @@ inline constexpr std::int64_t kAdamWScalars = 8;
 Tensor adamw_scalars(std::span<const AdamWTensor> tensors, const AdamWSettings& settings);
 void adamw(std::span<const AdamWTensor> tensors, const Tensor& scalars);
 
+// The gradient scale of a step that the host does not look at, into the first column of `scalars`:
+//
+//   n = sqrt(sum_j squares_j)                              in f64, in order
+//   scale = min(1, max_norm / (n + 1e-6)), 1 for max_norm 0
+//   outcome = losses, n
+//
+// When a loss or n is not finite, or the device has found a wrong number (core/device_faults.h),
+// the scale is NaN, and a tensor whose gradient scale is NaN is left as it is by adamw(). Shapes:
+// squares [tensors] f64, as squared_norms gives them; losses [L] f32; scalars f32 [rows,
+// kAdamWScalars]; outcome f64 [L + 1]; contiguous, on one device. Errors: others, and a max_norm
+// that is negative or not a number.
+void adamw_gradient_scale(const Tensor& squares, const Tensor& losses, double max_norm,
+                          const Tensor& scalars, const Tensor& outcome);
+
 }  // namespace reprise::kernels

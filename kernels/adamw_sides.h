@@ -4,7 +4,10 @@
 #include <cstdint>
 #include <span>
 
+#include <math.h>
+
 #include "core/dtype.h"
+#include "kernels/both_sides.h"
 
 namespace reprise::kernels {
 
@@ -42,9 +45,42 @@ struct AdamWItem {
 };
 inline constexpr std::int64_t kAdamWChunkElements = 16384;
 
+// Of adamw_gradient_scale.
+struct AdamWOutcome {
+  const double* squares;
+  std::int64_t tensors;
+  const float* losses;
+  std::int64_t loss_count;
+  double max_norm;
+  AdamWScalars* scalars;
+  std::int64_t rows;
+  double* outcome;
+  const std::int64_t* fault;  // not 0: the device has found a wrong number; may be null
+};
+// Writes the outcome; the scale, for every row.
+REPRISE_BOTH_SIDES inline float adamw_scale_of(const AdamWOutcome& of) {
+  double total = 0;
+  for (std::int64_t j = 0; j < of.tensors; ++j) {
+    total += of.squares[j];
+  }
+  const double norm = sqrt(total);
+  bool finite = isfinite(norm);
+  for (std::int64_t i = 0; i < of.loss_count; ++i) {
+    finite = finite && isfinite(of.losses[i]);
+    of.outcome[i] = static_cast<double>(of.losses[i]);
+  }
+  of.outcome[of.loss_count] = norm;
+  if (!finite || (of.fault != nullptr && *of.fault != 0)) {
+    return NAN;
+  }
+  const double scale = of.max_norm > 0 ? of.max_norm / (norm + 1e-6) : 1.0;
+  return static_cast<float>(scale > 1 ? 1.0 : scale);
+}
+
 // In order of the stream, many tensors a launch.
 namespace cuda {
 void adamw(std::span<const AdamWItem> items, void* stream);
+void adamw_gradient_scale(const AdamWOutcome& of, void* stream);
 }  // namespace cuda
 
 }  // namespace reprise::kernels

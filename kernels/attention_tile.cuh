@@ -4,6 +4,7 @@
 // [rows, head] the same 4 rows and runs of 4 elements. The 16 threads of a row are half a warp.
 #pragma once
 
+#include "core/step_graph.h"
 #include "kernels/attention_sides.h"
 #include "kernels/device.cuh"
 #include "kernels/matrix.cuh"
@@ -209,11 +210,13 @@ __device__ __forceinline__ float row_highest(float value) {
 // The factors d_ij of dropout.
 struct Keep {
   std::uint64_t seed, offset;
+  const std::uint64_t* shift;
   std::int64_t blocks_a_row;
   float dropout, factor;
 
   __device__ __forceinline__ PhiloxWords words(std::int64_t row, std::int64_t key) const {
-    return philox(seed, offset + static_cast<std::uint64_t>(row * blocks_a_row + key / 4));
+    const auto block = static_cast<std::uint64_t>(row * blocks_a_row + key / 4);
+    return philox(seed, shifted(offset, shift) + block);
   }
   __device__ __forceinline__ float factor_of(std::uint32_t word) const {
     return static_cast<float>(word >> 8) * 0x1p-24f < dropout ? 0.0f : factor;
@@ -244,7 +247,10 @@ __device__ __forceinline__ Factors<Tile> keep_columns(const Keep& keep, std::int
   return factors;
 }
 inline Keep keep_of(const AttentionCall& call) {
-  return {call.options.seed, call.options.offset, (call.S + 3) / 4,
+  return {call.options.seed,
+          call.options.offset,
+          draw_shift(),
+          (call.S + 3) / 4,
           static_cast<float>(call.options.dropout),
           static_cast<float>(1.0 / (1.0 - call.options.dropout))};
 }

@@ -10,7 +10,8 @@ namespace reprise::kernels::cuda {
 // The run whose first element is element `index` of the rows taken together, dropped and scaled.
 __device__ __forceinline__ Run drop(const DropoutMask& mask, std::int64_t index, Run run) {
   const int skip = static_cast<int>(index % 4);
-  const std::uint64_t first = mask.offset + static_cast<std::uint64_t>(index / 4);
+  const std::uint64_t first =
+      shifted(mask.offset, mask.shift) + static_cast<std::uint64_t>(index / 4);
   const PhiloxWords a = philox(mask.seed, first), b = philox(mask.seed, first + 1);
   PhiloxWords c = {};
   if (skip > 0) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/step_graph.h"
 #include "kernels/matrix_sides.h"
 
 namespace reprise::kernels {
@@ -12,11 +13,14 @@ struct DropoutMask {
   std::uint64_t seed, offset;
   std::uint32_t threshold;  // words whose upper 24 bits are below it drop their element
   float scale;              // of the others
+  // Of a cuda device: what is added to the offset when the kernel runs (core/step_graph.h), or
+  // null.
+  const std::uint64_t* shift = nullptr;
 };
 
 inline DropoutMask dropout_mask(double p, std::uint64_t seed, std::uint64_t offset) {
   return {seed, offset, static_cast<std::uint32_t>(std::ceil(p * 0x1p24)),
-          static_cast<float>(1 / (1 - p))};
+          static_cast<float>(1 / (1 - p)), draw_shift()};
 }
 
 namespace cpu {

@@ -29,4 +29,9 @@ __device__ __forceinline__ PhiloxWords philox(std::uint64_t seed, std::uint64_t 
   return {{c0, c1, c2, c3}};
 }
 
+// The offset of a launch, `shift` read where there is one (core/step_graph.h).
+__device__ __forceinline__ std::uint64_t shifted(std::uint64_t offset, const std::uint64_t* shift) {
+  return shift == nullptr ? offset : offset + __ldg(shift);
+}
+
 }  // namespace reprise::kernels::cuda

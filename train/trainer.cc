@@ -27,6 +27,9 @@ Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
     fail("train", "the model has no trainable parameter: everything is frozen");
   }
   model_.train(generator_);
+  if (options_.graph) {
+    graph_ = make_graph();
+  }
 }
 
 void Trainer::zero_gradients() {
@@ -76,6 +79,16 @@ double Trainer::sweeps(std::span<const nn::Batch> micro_batches, double scale) {
   return sum / static_cast<double>(micro_batches.size());
 }
 
+BackwardOptions Trainer::sweep_options(double scale) {
+  BackwardOptions options;
+  options.parameters = parameters_;
+  options.on_plan = [this](const Plan& plan) { report_unreached(plan.unreached); };
+  if (scale != 1) {
+    options.scale = {scale};
+  }
+  return options;
+}
+
 double Trainer::sweep(const nn::Batch& batch, double scale, bool last) {
   const std::uint64_t first_offset = generator_.next_offset;
   Tape::Scope scope(tape_, options_.policies);
@@ -85,12 +98,7 @@ double Trainer::sweep(const nn::Batch& batch, double scale, bool last) {
     tape_.reset();
     explain_non_finite(batch, first_offset, value, fmt::format("at step {}", steps_ + 1));
   }
-  BackwardOptions backward_options;
-  backward_options.parameters = parameters_;
-  backward_options.on_plan = [this](const Plan& plan) { report_unreached(plan.unreached); };
-  if (scale != 1) {
-    backward_options.scale = {scale};
-  }
+  BackwardOptions backward_options = sweep_options(scale);
   const auto& before = last ? hooks.before : hooks.before_accumulation;
   const auto& after = last ? hooks.after : hooks.after_accumulation;
   if (before) {
@@ -115,6 +123,9 @@ double Trainer::step(const nn::Batch& batch, double learning_rate) {
 
 double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale) {
   return explained(micro_batches, true, [&] {
+    if (graph_ != nullptr) {
+      return graph_step(micro_batches, learning_rate, scale);
+    }
     const double loss = sweeps(micro_batches, scale);
     const PhaseScope phase(Phase::optimizer);
     optimizer_.step(learning_rate, clip_scale());
@@ -163,6 +174,10 @@ double Trainer::clip_scale() {
       break;
     }
   }
+  explain_gradients(norm, first);
+}
+
+void Trainer::explain_gradients(double norm, std::string_view first) const {
   throw Diverged(
       fmt::format("[train] the norm of the gradients is {} at step {}; first parameter "
                   "with a non-finite gradient: {}",
@@ -195,6 +210,7 @@ absl::Status Trainer::resume(const std::string& folder, distributed::Communicato
   const absl::StatusOr<distributed::RunPosition> position =
       distributed::load_state(folder, optimizer_, sharding_, ranks);
   if (position.ok()) {
+    forget_graph();
     steps_ = position->steps;
     generator_.next_offset = position->random_offset;
   }

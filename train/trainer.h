@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,6 +29,14 @@ struct TrainerOptions {
   nn::AdamWOptions adamw;
   double max_norm = 1.0;  // of all gradients together; 0: not clipped
   Policies policies;
+  // On a cuda device: a step is captured into a graph of the device and launched, so that the host
+  // gives it one call instead of one for each kernel (core/captured_step.h). Same bits. Of each
+  // kind of step the first two are done one kernel after another, and the third is captured.
+  // Batches of another shape, other micro-batches or another scale are another kind: done one
+  // kernel after another, until three in a row make a graph in place of the one before. A batch's
+  // tensors may be on the device or on the host; they are copied. Gradients are absent after a
+  // step.
+  bool graph = false;
 };
 
 // Calls before and after each backward; empty: nothing.
@@ -49,16 +58,18 @@ class Trainer {
  public:
   // The model's trainable parameters are the optimizer's, or with `sharding`, made of the model's
   // parameters, this rank's parts of them. `generator` feeds its dropout. All must outlive the
-  // trainer. Throws Error when everything is frozen.
+  // trainer. Throws Error when everything is frozen, and for a graph with sharding or off the
+  // device.
   Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
           distributed::Sharding* sharding = nullptr);
 
   // What happens around backward, for reduction over ranks.
   SweepHooks hooks;
 
-  // Forward, backward, clip, update. Returns the loss before the update; 0 for a model on meta,
-  // where a step is a dry run with the same allocations. Throws Diverged before anything is
-  // updated, and OutOfMemory, which says what every policy would take (what_fits.h).
+  // Forward, backward, clip, update. With a graph it throws Error for what cannot be captured, such
+  // as a model that reads elements on the host. Returns the loss before the update; 0 for a model
+  // on meta, where a step is a dry run with the same allocations. Throws Diverged before anything
+  // is updated, and OutOfMemory, which says what every policy would take (what_fits.h).
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
@@ -77,7 +88,12 @@ class Trainer {
 
   std::int64_t steps() const { return steps_; }
   const std::vector<Parameter*>& parameters() const { return parameters_; }
-  void set_policies(Policies policies) { options_.policies = std::move(policies); }
+  void set_policies(Policies policies);
+  // After a change of the model that is none of its parameters' values (adapters switched): the
+  // next steps make another graph.
+  void forget_graph();
+  // Steps that were launches of a graph, the capture's own among them.
+  std::int64_t launches() const;
   const TapeReport& tape_report() const { return tape_.report(); }
 
  private:
@@ -85,9 +101,17 @@ class Trainer {
                    const std::function<double()>& step);
   double sweeps(std::span<const nn::Batch> micro_batches, double scale);
   double sweep(const nn::Batch& batch, double scale, bool last);
+  BackwardOptions sweep_options(double scale);
   void report_unreached(const std::vector<Parameter*>& parameters);
   // The factor that clips the gradients.
   double clip_scale();
+  [[noreturn]] void explain_gradients(double norm, std::string_view first) const;
+  // train/trainer_graph.cc
+  struct Graph;
+  std::shared_ptr<Graph> make_graph() const;
+  double graph_step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale);
+  void record_step(double scale);
+  double finite_loss(std::uint64_t first_offset);
   double global_norm();
   void zero_gradients();
   [[noreturn]] void explain_non_finite(const nn::Batch& batch, std::uint64_t first_offset,
@@ -102,6 +126,7 @@ class Trainer {
   Tape tape_;
   std::int64_t steps_ = 0;
   bool unreached_reported_ = false;
+  std::shared_ptr<Graph> graph_;  // null: without
 };
 
 }  // namespace reprise::train

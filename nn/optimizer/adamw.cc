@@ -100,6 +100,16 @@ void AdamW::step_some(std::span<Parameter* const> parameters, double learning_ra
   step_slots(which, learning_rate, gradient_scale);
 }
 
+void AdamW::expect_master_of_value(std::size_t i) const {
+  const Parameter& p = *parameters_[i];
+  if (slots_[i].master.defined() && slots_[i].version != p.version()) {
+    fail("adamw",
+         "{} was written after its f32 master was made: call reload_masters(), or load the "
+         "optimizer's state after the parameters",
+         p.name());
+  }
+}
+
 void AdamW::step_slots(std::span<const std::size_t> which, double learning_rate,
                        double gradient_scale) {
   for (const std::size_t i : which) {
@@ -108,12 +118,7 @@ void AdamW::step_slots(std::span<const std::size_t> which, double learning_rate,
       continue;
     }
     (void)p.gradient();
-    if (slots_[i].master.defined() && slots_[i].version != p.version()) {
-      fail("adamw",
-           "{} was written after its f32 master was made: call reload_masters(), or load the "
-           "optimizer's state after the parameters",
-           p.name());
-    }
+    expect_master_of_value(i);
   }
   const kernels::AdamWSettings settings{learning_rate, options_.beta1, options_.beta2,
                                         options_.epsilon, gradient_scale};
@@ -139,6 +144,58 @@ void AdamW::step_slots(std::span<const std::size_t> which, double learning_rate,
   }
 }
 
+Tensor AdamW::next_scalars(double learning_rate, double gradient_scale) const {
+  std::vector<kernels::AdamWTensor> rows(parameters_.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    expect_master_of_value(i);
+    rows[i].decay = slots_[i].decay;
+    rows[i].step = slots_[i].step + 1;
+  }
+  return kernels::adamw_scalars(
+      rows, {learning_rate, options_.beta1, options_.beta2, options_.epsilon, gradient_scale});
+}
+
+void AdamW::step_from(const Tensor& scalars) {
+  const auto count = std::ssize(parameters_);
+  if (scalars.dtype() != DType::f32 || scalars.shape() != Shape{count, kernels::kAdamWScalars}) {
+    fail("adamw", "scalars must be f32 {}, got {} {}",
+         to_string(Shape{count, kernels::kAdamWScalars}), name(scalars.dtype()),
+         to_string(scalars.shape()));
+  }
+  in_memory_.clear();
+  std::vector<kernels::AdamWTensor> run;  // parameters next to each other
+  const auto take = [&](std::int64_t end) {
+    kernels::adamw(run, scalars.slice(0, end - std::ssize(run), end));
+    run.clear();
+  };
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& p = *parameters_[i];
+    if (is_zeroed(p)) {
+      take(static_cast<std::int64_t>(i));
+      continue;
+    }
+    (void)p.gradient();
+    expect_master_of_value(i);
+    Slot& slot = slots_[i];
+    if (!slot.m.defined()) {
+      slot = fresh_slot(p, slot.decay);
+      slot.version = p.version();
+    }
+    run.push_back(
+        {p.value(), p.gradient(), slot.m, slot.v, slot.master, slot.decay, slot.step + 1});
+    in_memory_.push_back(i);
+  }
+  take(count);
+}
+
+void AdamW::advance() {
+  for (const std::size_t i : in_memory_) {
+    (void)parameters_[i]->write();
+    ++slots_[i].step;
+    slots_[i].version = parameters_[i]->version();
+  }
+}
+
 void AdamW::zero_gradients() {
   for (Parameter* p : parameters_) {
     p->zero_gradient();
@@ -158,7 +215,7 @@ std::vector<std::pair<std::string, Tensor>> AdamW::state() const {
   std::vector<std::pair<std::string, Tensor>> state;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const Slot& slot = slots_[i];
-    if (!slot.m.defined()) {
+    if (slot.step == 0) {  // none, or made for a step that did not take place
       continue;
     }
     const std::string& name = parameters_[i]->name();

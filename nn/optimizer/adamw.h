@@ -54,6 +54,21 @@ class AdamW {
                  double gradient_scale = 1);
   void zero_gradients();
 
+  // A step whose numbers lie in memory, so that it may be captured (core/captured_step.h):
+  //
+  //   scalars.copy_from(optimizer.next_scalars(learning_rate));    // before each launch
+  //   optimizer.step_from(scalars);                                // in the step
+  //   optimizer.advance();                                         // after each launch
+  //
+  // f32 [parameters, kernels::kAdamWScalars] in host memory, a row for each parameter. Throws Error
+  // for a setting out of its range, and for a value written after its master was made.
+  Tensor next_scalars(double learning_rate, double gradient_scale = 1) const;
+  // step() by the rows of `scalars`, which is on the parameters' device and read when the kernels
+  // run. A parameter whose gradient scale is NaN stays as it is: kernels::adamw_gradient_scale.
+  void step_from(const Tensor& scalars);
+  // Counts the step that step_from() took or will take at each launch.
+  void advance();
+
   // The masters are copied from the values again, after somebody has written these.
   void reload_masters();
 
@@ -80,11 +95,13 @@ class AdamW {
   bool has_master(const Parameter& p) const;
   Slot fresh_slot(const Parameter& p, double decay) const;
   void step_slots(std::span<const std::size_t> which, double learning_rate, double gradient_scale);
+  void expect_master_of_value(std::size_t i) const;
 
   AdamWOptions options_;
   std::vector<Parameter*> parameters_;
   std::vector<Slot> slots_;
   std::unordered_map<const Parameter*, std::size_t> index_;
+  std::vector<std::size_t> in_memory_;  // those that step_from() updates
 };
 
 // Whether weight decay is left out by name: biases and norms, as Hugging Face's Trainer has it

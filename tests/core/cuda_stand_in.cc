@@ -294,8 +294,12 @@ void CudaStandIn::launch(Graph graph, Stream stream) {
     violation("a graph launched that is not there");
     return;
   }
+  Line* on = line(stream);
   for (const Work& work : captured->work) {
-    give(*line(stream), work);
+    give(*on, work);
+  }
+  if (options_.first_stream_is_host && on == lines_.front().get()) {
+    do_until(*on, on->given);
   }
 }
 

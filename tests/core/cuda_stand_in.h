@@ -26,8 +26,8 @@ class CudaStandIn final : public CudaCalls {
  public:
   struct Options {
     std::size_t device_bytes = SIZE_MAX, pinned_bytes = SIZE_MAX;
-    // The kernels of `host_stream` (the first made) are run by the host at once: when that stream
-    // is told to wait for an event, so does the host.
+    // The work of the first stream that is made is done by the host: when that stream
+    // is told to wait for an event so does the host, and a launch of a graph is done at once.
     bool first_stream_is_host = false;
     // How bytes are copied; none: memcpy.
     std::function<void(void* to, const void* from, std::size_t bytes)> copy;

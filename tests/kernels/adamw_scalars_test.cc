@@ -1,6 +1,7 @@
 // AdamW with its scalars in memory: bitwise as with settings, and with new ones at each launch of a
 // captured step. Also compiled for the SIMT shim, which runs the tests named _cuda.
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -97,7 +98,76 @@ TEST_P(AdamWScalarsTest, ACapturedStepTakesANewRateAndStepAtEachLaunch) {
   }
 }
 
+struct Outcome {
+  float scale;
+  std::vector<double> outcome;
+};
+Outcome outcome_of(Device device, const std::vector<double>& squares,
+                   const std::vector<float>& losses, double max_norm, std::int64_t rows = 300) {
+  const Tensor scalars = Tensor::full({rows, kAdamWScalars}, DType::f32, 7, device);
+  const Tensor outcome = Tensor::empty({std::ssize(losses) + 1}, DType::f64, device);
+  adamw_gradient_scale(Tensor::from(squares, {std::ssize(squares)}, device),
+                       Tensor::from(losses, {std::ssize(losses)}, device), max_norm, scalars,
+                       outcome);
+  const std::vector<float> all = scalars.to_vector<float>();
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const float expected = i % kAdamWScalars == 0 ? all[0] : 7;
+    EXPECT_EQ(std::memcmp(&all[i], &expected, sizeof expected), 0) << i;
+  }
+  return {rows == 0 ? 0 : all[0], outcome.to_vector<double>()};
+}
+
+TEST_P(AdamWScalarsTest, TheGradientScaleIsThatOfTheHost) {
+  for (const double max_norm : {0.5, 1e9, 0.0}) {
+    const auto [scale, outcome] = outcome_of(GetParam(), {0.25, 2, 1e-3}, {1.5f, -2.5f}, max_norm);
+    const double norm = std::sqrt(0.25 + 2 + 1e-3);
+    EXPECT_EQ(scale, max_norm == 0.5 ? static_cast<float>(0.5 / (norm + 1e-6)) : 1.0f);
+    EXPECT_EQ(outcome, (std::vector<double>{1.5, -2.5, norm}));
+  }
+  EXPECT_EQ(outcome_of(GetParam(), {}, {}, 1).scale, 1);
+  EXPECT_EQ(outcome_of(GetParam(), {}, {}, 1, 0).outcome, std::vector<double>{0});
+  const float nan = std::nanf("");
+  EXPECT_TRUE(std::isnan(outcome_of(GetParam(), {1}, {1, nan}, 1).scale));
+  EXPECT_TRUE(std::isnan(outcome_of(GetParam(), {1}, {-INFINITY}, 0).scale));
+  EXPECT_TRUE(std::isnan(outcome_of(GetParam(), {1, INFINITY, 1}, {1}, 1).scale));
+  EXPECT_TRUE(std::isnan(outcome_of(GetParam(), {std::nan("")}, {}, 1).scale));
+}
+
+TEST_P(AdamWScalarsTest, AScaleThatIsNoNumberLeavesItsTensor) {
+  std::vector<AdamWTensor> all = tensors(), expected = tensors();
+  std::vector<float> rows = adamw_scalars(all, {}).to_vector<float>();
+  rows[2 * kAdamWScalars] = std::nanf("");
+  adamw(all, Tensor::from(rows, {std::ssize(all), kAdamWScalars}, GetParam()));
+  const AdamWTensor left = expected[2];
+  expected.erase(expected.begin() + 2);
+  adamw(expected, AdamWSettings{});
+  expected.insert(expected.begin() + 2, left);
+  EXPECT_TRUE(values(all) == values(expected));
+}
+
 TEST_P(AdamWScalarsTest, Mistakes) {
+  const auto scale = [&](const Tensor& squares, const Tensor& losses, double max_norm,
+                         const Tensor& scalars, const Tensor& outcome) {
+    return error_of([&] { adamw_gradient_scale(squares, losses, max_norm, scalars, outcome); });
+  };
+  const auto zeros = [&](const Shape& shape, DType dtype) {
+    return Tensor::zeros(shape, dtype, GetParam());
+  };
+  const Tensor squares = zeros({3}, DType::f64), losses = zeros({2}, DType::f32),
+               scalars = zeros({4, 8}, DType::f32), outcome = zeros({3}, DType::f64);
+  EXPECT_EQ(scale(squares, losses, -1, scalars, outcome),
+            "[adamw_gradient_scale] max_norm must be 0 or more, got -1");
+  EXPECT_EQ(scale(losses, losses, 1, scalars, outcome),
+            "[adamw_gradient_scale] squares must be f64, got f32");
+  EXPECT_EQ(scale(squares, squares, 1, scalars, outcome),
+            "[adamw_gradient_scale] losses must be f32, got f64");
+  EXPECT_EQ(scale(squares, losses, 1, zeros({4, 7}, DType::f32), outcome),
+            "[adamw_gradient_scale] scalars must be [rows, scalars] = [3, 8], got [4, 7]");
+  EXPECT_EQ(scale(squares, losses, 1, scalars, zeros({2}, DType::f64)),
+            "[adamw_gradient_scale] outcome must be [L + 1] = [3], got [2]");
+  EXPECT_EQ(scale(squares, losses, 1, scalars, Tensor::zeros({3}, DType::f64, meta)),
+            "[adamw_gradient_scale] squares must be on meta, got " + to_string(GetParam()));
+
   const std::vector<AdamWTensor> all = tensors();
   const auto with = [&](const Shape& shape, DType dtype) {
     return error_of([&] { adamw(all, Tensor::zeros(shape, dtype, GetParam())); });

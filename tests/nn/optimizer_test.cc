@@ -1,5 +1,6 @@
 // AdamW over parameters, schedules and clipping.
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
@@ -128,6 +129,63 @@ TEST(AdamWOptimizer, StepsInPartsHaveTheBitsOfOne) {
     }
   }
   EXPECT_EQ(results[0], results[1]);
+}
+
+// As in a captured step: numbers in memory, counted afterwards. The second parameter has no
+// gradient at first.
+TEST(AdamWOptimizer, StepsFromMemoryHaveTheBitsOfSteps) {
+  std::vector<std::pair<std::string, Tensor>> states[2];
+  std::vector<float> values[2];
+  for (const bool memory : {false, true}) {
+    const auto a = parameter("a", {0.5f, -1.25f}), b = parameter("b", {2.0f});
+    const auto c = parameter("c", {0.25f, 3.0f, -0.75f}, DType::bf16);
+    AdamW optimizer({a.get(), b.get(), c.get()}, {.weight_decay = 0.1, .master_weights = true});
+    const Tensor scalars = Tensor::zeros({3, 8}, DType::f32);
+    for (int k = 0; k < 4; ++k) {
+      square_backward(*a);
+      square_backward(*c);
+      if (k > 1) {
+        square_backward(*b);
+      }
+      const double rate = 0.1 / (k + 1), scale = 0.5 + 0.1 * k;
+      if (memory) {
+        EXPECT_EQ(optimizer.state().size(), k == 0 ? 0 : k < 3 ? 7 : 10);
+        scalars.copy_from(optimizer.next_scalars(rate, scale));
+        optimizer.step_from(scalars);
+        EXPECT_EQ(optimizer.state().size(), k == 0 ? 0 : k < 3 ? 7 : 10) << "before it is counted";
+        optimizer.advance();
+      } else {
+        optimizer.step(rate, scale);
+      }
+      optimizer.zero_gradients();
+    }
+    states[memory] = optimizer.state();
+    for (const Parameter* p : {a.get(), b.get()}) {
+      for (const float x : p->value().to_vector<float>()) {
+        values[memory].push_back(x);
+      }
+    }
+    for (const bfloat16 x : c->value().to_vector<bfloat16>()) {
+      values[memory].push_back(to_float(x));
+    }
+    (void)c->write();
+    EXPECT_TRUE(error_of([&] {
+                  (void)optimizer.next_scalars(0.1);
+                }).starts_with("[adamw] c was written after its f32 master was made"));
+    EXPECT_EQ(error_of([&] {
+                optimizer.step_from(Tensor::zeros({2, 8}, DType::f32));
+              }),
+              "[adamw] scalars must be f32 [3, 8], got f32 [2, 8]");
+  }
+  EXPECT_EQ(values[1], values[0]);
+  ASSERT_EQ(states[1].size(), states[0].size());
+  for (std::size_t i = 0; i < states[0].size(); ++i) {
+    EXPECT_EQ(states[1][i].first, states[0][i].first);
+    EXPECT_EQ(std::memcmp(states[1][i].second.raw(), states[0][i].second.raw(),
+                          static_cast<std::size_t>(states[0][i].second.bytes())),
+              0)
+        << states[0][i].first;
+  }
 }
 
 TEST(AdamWOptimizer, GroupsDecayOnTheirOwn) {

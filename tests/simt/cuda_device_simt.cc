@@ -2,6 +2,7 @@
 // host's, with every tensor's bounds known to the shim and closed to host code; launches and copies
 // are done when they return.
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,7 @@
 #include "core/step_graph.h"
 #include "tests/core/cuda_stand_in.h"
 #include "tests/op_case.h"
+#include "tests/simt/capture_simt.h"
 #include "tests/simt/device_memory.h"
 #include "tests/simt/simt.h"
 
@@ -63,6 +65,13 @@ class ShimMemory final : public MemorySource {
 
 bool in_use = false;
 
+// As a piece of the graph that compute is being captured into.
+void keep(const char* name, std::function<void()> run) {
+  Streams& streams = cuda_streams({DeviceKind::cuda, 0});
+  dynamic_cast<testing::CudaStandIn&>(streams.calls())
+      .work(streams.stream(StreamKind::compute), name, {}, {}, std::move(run));
+}
+
 }  // namespace
 
 int cuda_device_count() {
@@ -83,26 +92,27 @@ std::vector<Device> cuda_devices_in_use() {
 }
 void cuda_copy(void* to, Device to_device, const void* from, Device from_device,
                std::size_t bytes) {
-  if (!(to_device == from_device)) {
+  const bool to_cuda = to_device.kind == DeviceKind::cuda;
+  if (!to_cuda || from_device.kind != DeviceKind::cuda) {
     expect_not_capturing("cuda_copy", "the host reads or writes elements");
   }
-  {
-    const DeviceMemory::Access access;
+  testing::on_device("copy", [=] {
     std::memcpy(to, from, bytes);
-  }
-  if (to_device.kind == DeviceKind::cuda) {
-    simt::define_memory(to, bytes);
-  } else {
+    if (to_cuda) {
+      simt::define_memory(to, bytes);
+    }
+  });
+  if (!to_cuda) {
     throw_fault(*cuda_fault_word({DeviceKind::cuda, 0}));
   }
 }
 void cuda_zero(void* at, Device, std::size_t bytes) {
-  simt::define_memory(at, bytes);
-  if (simt::options().corners) {
-    return;  // it would become real memory
-  }
-  const DeviceMemory::Access access;
-  std::memset(at, 0, bytes);
+  testing::on_device("zero", [=] {
+    simt::define_memory(at, bytes);
+    if (!simt::options().corners) {  // it would become real memory
+      std::memset(at, 0, bytes);
+    }
+  });
 }
 void cuda_synchronize(Device device) {
   expect_not_capturing("cuda_synchronize", "the host waits for the device");
@@ -136,6 +146,7 @@ Streams& cuda_streams(Device device) {
         simt::define_memory(to, bytes);
       }
     };
+    simt::set_capture({.capturing = capturing, .keep = keep});
     return std::make_shared<testing::CudaStandIn>(options);
   }());
   return instance;
@@ -156,6 +167,14 @@ void cuda_check(const char* operation, int status) {
 }  // namespace reprise
 
 namespace reprise::testing {
+
+void on_device(const char* name, const std::function<void()>& work) {
+  const auto run = [work] {
+    const DeviceMemory::Access access;
+    work();
+  };
+  capturing() ? keep(name, run) : run();
+}
 
 // Threads and blocks in ascending, descending and two shuffled orders.
 int schedule_count(Device device) {

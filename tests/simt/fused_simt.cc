@@ -7,7 +7,7 @@
 
 #include "core/dtype.h"
 #include "core/error.h"
-#include "tests/simt/device_memory.h"
+#include "tests/simt/capture_simt.h"
 #include "tests/simt/simt.h"
 
 namespace reprise::testing {
@@ -173,10 +173,11 @@ class Plan final : public FusedPlan {
     if (simt::options().corners) {
       return;
     }
-    const DeviceMemory::Access access;
-    for (std::int64_t n = 0; n < graph_.batch; ++n) {
-      Sequence(graph_, pointers, n).run();
-    }
+    on_device("fused attention", [graph = graph_, pointers] {
+      for (std::int64_t n = 0; n < graph.batch; ++n) {
+        Sequence(graph, pointers, n).run();
+      }
+    });
   }
 
  private:

@@ -1,6 +1,8 @@
 #include "tests/simt/machine.h"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -489,9 +491,36 @@ std::uint64_t collective(Collective kind, unsigned mask, std::uint64_t value, in
   return Machine::instance().collective(kind, mask, value, lane, width, at);
 }
 
+namespace {
+
+Capture capture_;
+std::atomic<std::int64_t> launches_{0};
+
+}  // namespace
+
 void run(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
          const void* call) {
+  ++launches_;
   Machine::instance().launch(kernel, grid, block, shared_bytes, body, call);
+}
+
+void set_capture(const Capture& capture) {
+  capture_ = capture;
+}
+
+bool capturing() {
+  return capture_.capturing != nullptr && capture_.capturing();
+}
+
+void capture(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
+             const void* call, Body destroy) {
+  capture_.keep(kernel, [=, owned = std::shared_ptr<const void>(call, destroy)] {
+    Machine::instance().launch(kernel, grid, block, shared_bytes, body, owned.get());
+  });
+}
+
+std::int64_t launches() {
+  return launches_;
 }
 
 }  // namespace simt

@@ -5,7 +5,7 @@
 #include "core/error.h"
 #include "kernels/matmul_sides.h"
 #include "kernels/matmul_tile.h"
-#include "tests/simt/device_memory.h"
+#include "tests/simt/capture_simt.h"
 #include "tests/simt/simt.h"
 
 namespace reprise::kernels::cuda {
@@ -45,16 +45,17 @@ void matmul(const TileShape& s, const void* a, const void* b, void* c, const voi
   if (simt::options().corners) {
     return;
   }
-  const testing::DeviceMemory::Access access;
-  const auto product = tile_product(s);
-  std::vector<char> scratch(static_cast<std::size_t>(product->scratch_bytes()) + 64);
-  const auto at = reinterpret_cast<std::uintptr_t>(scratch.data());
-  product->run(a, b, c, bias, scratch.data() + (64 - at % 64) % 64);
-  for (std::int64_t row = 0; row < s.m; ++row) {
-    const std::size_t bytes = size_bytes(s.output);
-    simt::define_memory(static_cast<char*>(c) + static_cast<std::size_t>(row * s.ldc) * bytes,
-                        static_cast<std::size_t>(s.n) * bytes);
-  }
+  testing::on_device("matmul", [=] {
+    const auto product = tile_product(s);
+    std::vector<char> scratch(static_cast<std::size_t>(product->scratch_bytes()) + 64);
+    const auto at = reinterpret_cast<std::uintptr_t>(scratch.data());
+    product->run(a, b, c, bias, scratch.data() + (64 - at % 64) % 64);
+    for (std::int64_t row = 0; row < s.m; ++row) {
+      const std::size_t bytes = size_bytes(s.output);
+      simt::define_memory(static_cast<char*>(c) + static_cast<std::size_t>(row * s.ldc) * bytes,
+                          static_cast<std::size_t>(s.n) * bytes);
+    }
+  });
 }
 
 }  // namespace reprise::kernels::cuda

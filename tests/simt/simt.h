@@ -27,6 +27,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -85,6 +86,14 @@ struct Options {
 };
 Options& options();
 
+// A device whose work can be put into a graph: while capturing() says so, what would be launched is
+// given to keep() and not run.
+struct Capture {
+  bool (*capturing)() = nullptr;
+  void (*keep)(const char* kernel, std::function<void()> run) = nullptr;
+};
+void set_capture(const Capture& capture);
+
 struct Fault : std::runtime_error {
   Fault(std::string kind_, const std::string& report)
       : std::runtime_error(report), kind(std::move(kind_)) {}
@@ -103,6 +112,12 @@ using Body = void (*)(const void* call);
 // One launch, done when it returns. Throws Fault.
 void run(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
          const void* call);
+bool capturing();
+// The same launch, later. `call` is destroyed with what was kept.
+void capture(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, Body body,
+             const void* call, Body destroy);
+// Launches that were run, since the start; those that a graph did are not among them.
+std::int64_t launches();
 
 // ---- for device code ---------------------------------------------------------------------------
 
