@@ -93,15 +93,16 @@ def end_to_end(build, folder):
         assert name.startswith("items/kernels/") or f" {name[6:-5]} " not in whole.stdout, name
     done = items(second)
     states = {key: item["status"] for key, item in done.items()}
-    allowed = lambda key: ["not run"] if key.startswith("sanitizer/") else ["ok", "not run"] if key == "graphs" else ["ok"]
+    allowed = lambda key: ["not run"] if key.startswith("sanitizer/") else ["ok", "not run"] if "graph" in key else ["ok"]
     assert all(state in allowed(key) for key, state in states.items()), states
     assert done["op_rows/part1"]["ran"] > 20
     for item in done.values():
         assert len(item["versions"]["commit"]) >= 7 and item["card"]["before"] and item["card"]["after"]
     curve = json.loads((second / "curve.json").read_text())["models"]["tiny-gpt2"]
     assert len(curve) >= 8, curve.keys()
-    for row in curve.values():
-        assert row["tokens_per_s"] > 0 and row["peak_bytes"] == row["planned"] > 0, row
+    for name, row in curve.items():
+        kept = row["peak_bytes"] - row["planned"]  # a graph's ids and scalars are the device's, and small
+        assert row["tokens_per_s"] > 0 and row["planned"] > 0 and (0 <= kept < 4096 if name.endswith("+graph") else kept == 0), row
     assert all((second / name).stat().st_size > 0 for name in FILES)
     circles = [node for node in xml.etree.ElementTree.parse(second / "curve.svg").iter() if node.tag.endswith("circle")]
     assert len(circles) == 2 * len(curve), len(circles)  # two models

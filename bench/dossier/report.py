@@ -191,7 +191,7 @@ def kernel_line(name, ours, peer):
 def origin(session, state):
     versions = session.versions
     changed = ", with changes" if versions["changed"] else ""
-    return f"Commit {versions['commit']}{changed}; {machine.told(state)}; {versions['nvcc']}; sanitizer {versions['sanitizer']}; peers {versions['peers']}; {versions['cpu']}, {versions['cores']} cores, Linux {versions['kernel']}."
+    return f"Commit {versions['commit']}{changed}; {machine.told(state)}; nvcc {versions['nvcc']}; sanitizer {versions['sanitizer']}; peers {versions['peers']}; {versions['cpu']}, {versions['cores']} cores, Linux {versions['kernel']}."
 
 
 def summary(session, results, table, curves, state):

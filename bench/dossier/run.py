@@ -32,6 +32,11 @@ class Left(Exception):
     """The session's time was up before the item's own limit."""
 
 
+def extract(archive, folder):
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
 class Session:
     def __init__(self, args, root):
         self.args, self.root = args, root
@@ -147,9 +152,7 @@ class Session:
         if not folder.exists():
             temporary = folder.with_name(folder.name + ".new")
             temporary.mkdir(exist_ok=True)
-            done = subprocess.run(["tar", "-xJf", str(packed), "-C", str(temporary)], capture_output=True, text=True)
-            if done.returncode != 0:
-                sys.exit(f"{packed}: {done.stderr.strip()}")
+            extract(packed, temporary)  # not by tar, which asks for xz
             temporary.rename(folder)
         self.args.build = str(folder)
 
@@ -157,8 +160,7 @@ class Session:
         if not self.args.archive or not os.path.exists(self.args.archive):
             return
         try:
-            with tarfile.open(self.args.archive) as archive:
-                archive.extractall(self.out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            extract(self.args.archive, self.out)
         except (tarfile.TarError, EOFError, OSError) as error:
             sys.exit(f"{self.args.archive}: no archive of a dossier ({error}); move it away to begin anew")
 

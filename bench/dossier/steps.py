@@ -13,8 +13,8 @@ CELLS = [
     "compile+budget0.5", "eager+foreach", "eager+cudnn", "eager+flash", "eager+checkpoint", "eager+selective", "compile+budget0.2",
 ]  # fmt: skip
 FIRST_CELLS = 3
-# Ours; "searched" uses the choices of a search among cuBLASLt's algorithms.
-POLICIES = ["inputs-only", "keep-all", "keep-products", "keep-all+searched"]
+# Ours; "searched" uses the choices of a search among cuBLASLt's algorithms, "graph" launches captured steps.
+POLICIES = ["inputs-only", "keep-all", "keep-products", "keep-all+searched", "keep-all+graph"]
 CURVE = ["nested", "keep-products+offload"]
 # batch, tokens: of a step. config: its file, where it is not called as the model. rank: what is worth most.
 MODELS = {
@@ -77,9 +77,12 @@ def counted(session):
 def ours(name, model, policy, more=(), repeat=None):
     def call(session):
         words = prepare(session, name, model)
-        searched = policy.endswith("+searched")
-        shape = [Programs(session.args).step, *words, "--policy", policy.replace("+searched", ""), *(repeat or counted(session)), *more]
-        result = session.json_of([*shape, "--device", "cuda"], environment=kernels.environment_of(session, "searched" if searched else ""))
+        program, searched = Programs(session.args).step, policy.endswith("+searched")
+        shape = [program, *words, "--policy", policy.replace("+searched", "").replace("+graph", ""), *(repeat or counted(session)), *more]
+        graph = ["--graph"] if policy.endswith("+graph") else []
+        if graph and "--graph" not in session.program([program, "--help"]).stdout:
+            return {"status": "not run", "error": "bench_step has no --graph"}
+        result = session.json_of([*shape, *graph, "--device", "cuda"], environment=kernels.environment_of(session, "searched" if searched else ""))
         if result["status"] == "ok":
             planned = session.json_of([*shape, "--device", "cuda", "--dry-run"])
             result["planned"] = planned.get("result", {}).get("peak_bytes")
