@@ -126,7 +126,7 @@ class Kernels {
   void copies() {
     copy("copy", {o_.rows(), o_.width});
     copy("copy_inner", {o_.rows(), o_.inner});
-    copy("copy_logits", {loss_rows(), o_.vocabulary});
+    copy("copy_logits", {o_.rows(), o_.vocabulary});
     copy("copy_table", {o_.vocabulary, o_.width * 8});
   }
   void copy(const std::string& name, const Shape& shape) {
@@ -173,11 +173,8 @@ class Kernels {
     time("rope", 2 * x.bytes(), 0, [&] { kernels::rope(x, positions, frequencies, {}, y); });
   }
 
-  // Logits of a part of the batch: those of all would not fit beside a model either.
-  std::int64_t loss_rows() const { return std::min<std::int64_t>(o_.rows(), 4096); }
-
   void losses() {
-    const std::int64_t rows = loss_rows();
+    const std::int64_t rows = o_.rows();
     const Tensor labels = numbers({rows}, o_.vocabulary);
     const Tensor loss = drawn({}, DType::f32), one = Tensor::full({}, DType::f32, 1, o_.device);
     {

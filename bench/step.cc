@@ -142,8 +142,10 @@ std::int64_t token(std::uint64_t place, std::int64_t vocabulary) {
 nn::Batch batch_of(const nn::LanguageModel& model, const Options& options, int step) {
   std::vector<std::int64_t> ids(static_cast<std::size_t>(options.batch * options.tokens));
   const std::uint64_t first = options.fresh ? static_cast<std::uint64_t>(step) * ids.size() : 0;
+  // Of tokens that are few there is something to be learned, though each batch is another.
+  const std::int64_t most = options.fresh ? 256 : model.vocabulary();
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    ids[i] = token(first + i, model.vocabulary());
+    ids[i] = token(first + i, std::min(model.vocabulary(), most));
   }
   nn::Batch batch;
   batch.ids = batch.labels = Tensor::from(ids, {options.batch, options.tokens}, options.device);
