@@ -233,7 +233,7 @@ nlohmann::json run(Options options) {
   trainer_options.adamw.weight_decay = 0.1;
   trainer_options.adamw.master_weights = options.masters;
   trainer_options.policies = policies_of(options);
-  trainer_options.graph = options.graph;
+  trainer_options.graph = options.graph ? train::StepGraphs::on : train::StepGraphs::off;
   train::Trainer trainer(*model, generator, trainer_options);
   std::vector<double> times, losses;
   double first_ms = 0;

@@ -7,7 +7,8 @@ namespace {
 
 [[noreturn]] void absent() {
   fail("cuda",
-       "this build has no CUDA: install the CUDA toolkit (nvcc 12 or later) and configure with the "
+       "this build has no CUDA: install the CUDA toolkit (nvcc 12.1 or later) and configure with "
+       "the "
        "preset 'cuda'");
 }
 

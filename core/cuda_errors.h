@@ -12,7 +12,7 @@ namespace reprise {
 // What to do about a status, to stand behind the runtime's own text; empty: nothing to add.
 std::string cuda_advice(int status);
 
-// Throws Error where the kernels of a build, for 8.x and 9.0, do not run on the card.
+// Throws Error where the kernels of a build, for 8.0, 8.7 and 9.0, do not run on the card.
 void expect_capability(std::string_view device, std::string_view card, int major, int minor);
 
 // REPRISE_CUDA_CHECKED=1: every launch is waited for, so that a fault is found at the kernel that

@@ -28,7 +28,7 @@ class StepGraph {
   StepGraph(const StepGraph&) = delete;
 
   // Runs step() once, and what it gives to compute, and to streams that compute waits for, becomes
-  // the graph, in place of the one before. When it throws there is none, and all is as it was.
+  // the graph, in place of the one before, which is gone. When it throws there is none.
   void capture(const std::function<void()>& step);
   bool captured() const { return graph_ != nullptr; }
   // In order of compute. Throws Error when there is no graph.

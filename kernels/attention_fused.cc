@@ -9,6 +9,7 @@
 #include "core/cuda_device.h"
 #include "core/cuda_errors.h"
 #include "core/error.h"
+#include "core/step_graph.h"
 #include "kernels/accumulate_sides.h"
 #include "kernels/scratch.h"
 
@@ -287,14 +288,18 @@ FusedPlans::Found FusedPlans::find(FusedLibrary& library, const FusedGraph& grap
                                [&](const Entry& entry) { return entry.graph == graph; });
   if (at != entries_.end()) {
     entries_.splice(entries_.begin(), entries_, at);
-    return at->found;
+  } else {
+    Found found;
+    found.plan = library.plan(graph, most_bytes, found.why);
+    if (entries_.size() >= most_) {
+      entries_.pop_back();
+    }
+    entries_.push_front({graph, found});
   }
-  Found found;
-  found.plan = library.plan(graph, most_bytes, found.why);
-  if (entries_.size() >= most_) {
-    entries_.pop_back();
+  const Found& found = entries_.front().found;
+  if (capturing() && found.plan != nullptr) {
+    captured_.insert(found.plan);
   }
-  entries_.push_front({graph, found});
   return found;
 }
 

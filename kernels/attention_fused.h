@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -146,6 +147,8 @@ class FusedPlans {
   std::size_t most_;
   mutable std::mutex mutex_;
   std::list<Entry> entries_;  // the last one used first
+  // Of captured steps: a graph launches a plan's kernels without asking here.
+  std::set<std::shared_ptr<const FusedPlan>> captured_;
 };
 
 // The Error of a build that wants cuDNN on a machine without it.

@@ -18,6 +18,8 @@ struct Listed {
   int firsts[kMostListed + 1];  // the first chunk of each
   Item items[kMostListed];
 };
+// Of a kernel's arguments, from CUDA 12.1 on.
+inline constexpr std::size_t kMostArgumentBytes = 32764;
 
 // Which tensor a chunk is of: the last one that begins at it or before, of those that have any.
 template <class Item>
@@ -38,6 +40,7 @@ __device__ __forceinline__ int listed_at(const Listed<Item>& list, int chunk) {
 template <class Item, class Start>
 void for_lists(std::span<const Item> items, std::int64_t chunk_elements, const Start& start) {
   for (std::size_t begin = 0; begin < items.size(); begin += kMostListed) {
+    static_assert(sizeof(Listed<Item>) <= kMostArgumentBytes);
     Listed<Item> list;
     list.count = static_cast<int>(std::min<std::size_t>(kMostListed, items.size() - begin));
     list.firsts[0] = 0;

@@ -121,7 +121,10 @@ void matmul_on_cuda(TileShape s, const Tensor& a, const Tensor& b, const Tensor&
   }
   const Tensor to = direct ? c : workspace(c.shape(), s.output);
   Tensor row = bias;
-  if (s.bias && *s.bias != s.output) {
+  // The library is told of no bias that begins anywhere: its kernels read it as they do C.
+  const auto bias_offset =
+      s.bias ? bias.offset() * static_cast<std::int64_t>(size_bytes(*s.bias)) : 0;
+  if (s.bias && (*s.bias != s.output || bias_offset % 16 != 0)) {
     row = workspace(bias.shape(), s.output);
     cast(bias, row);
     s.bias = s.output;

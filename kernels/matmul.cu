@@ -27,6 +27,7 @@
 #include "core/cuda_device.h"
 #include "core/cuda_errors.h"
 #include "core/error.h"
+#include "core/step_graph.h"
 #include "kernels/matmul_choices.h"
 #include "kernels/matmul_sides.h"
 
@@ -263,6 +264,8 @@ class Search {
     searches_ = on != nullptr && std::string(on) == "1";
   }
 
+  bool searches() const { return searches_; }
+
   cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const Key& key, const Plan& plan,
                               const Operands& x) {
     constexpr int kCandidates = 16;
@@ -279,7 +282,7 @@ class Search {
       }
       choices.drop(product);
     }
-    if (!searches_) {
+    if (!searches() || capturing()) {
       return candidates(library, key, plan, 1).front();
     }
     const auto all = candidates(library, key, plan, kCandidates);
@@ -347,6 +350,9 @@ class Library {
     }
     auto plan = std::make_shared<Plan>(planned(key.shape));
     plan->algorithm = search_.choose(library, key, *plan, x);
+    if (search_.searches() && capturing()) {
+      return plan;  // a search runs its candidates, which a capture cannot: at the next product
+    }
     if (plans_.size() >= kMost) {
       plans_.clear();
     }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include "core/dtype.h"
 
@@ -116,7 +117,7 @@ void MatmulChoices::read() {
 }
 
 void MatmulChoices::write() {
-  const std::string beside = file_ + ".new";
+  const std::string beside = fmt::format("{}.{}.new", file_, getpid());  // others may write too
   std::ofstream out(beside, std::ios::trunc);
   out << kTitle << '\n' << header() << '\n';
   for (const auto& [key, algorithm] : choices_) {

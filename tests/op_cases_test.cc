@@ -1,4 +1,5 @@
 // What every op must do, for every row of the op table, dtype and device.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -576,17 +577,16 @@ TEST_P(OpMistakes, AreNamed) {
 }
 
 std::vector<OpCase> cases_with_mistakes() {
-  std::vector<OpCase> result = all_op_cases();
-  std::erase_if(result, [](const OpCase& op) { return op.mistakes.empty(); });
-  return result;
+  std::vector<OpCase> all = all_op_cases();
+  std::erase_if(all, [](const OpCase& op) { return op.mistakes.empty(); });
+  return all;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, OpMistakes, ::testing::ValuesIn(cases_with_mistakes()),
                          [](const ::testing::TestParamInfo<OpCase>& row) {
                            std::string text = row.param.name;
-                           for (char& c : text) {
-                             c = std::isalnum(static_cast<unsigned char>(c)) != 0 ? c : '_';
-                           }
+                           std::ranges::replace_if(
+                               text, [](unsigned char c) { return std::isalnum(c) == 0; }, '_');
                            return text;
                          });
 

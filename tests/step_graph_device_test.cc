@@ -21,6 +21,7 @@
 #include "tests/core/cuda_stand_in.h"
 #include "tests/simt/simt.h"
 #endif
+#include "train/on_device.h"
 #include "train/trainer.h"
 
 namespace reprise::train {
@@ -73,7 +74,9 @@ struct Subject {
   std::unique_ptr<nn::LanguageModel> model;
   std::unique_ptr<Trainer> trainer;
 
-  Subject(const Story& story, bool graph, const std::string& policy = "inputs-only") {
+  Subject(const Story& story, bool graph, const std::string& policy = "inputs-only")
+      : Subject(story, graph ? StepGraphs::on : StepGraphs::off, policy) {}
+  Subject(const Story& story, StepGraphs graph, const std::string& policy = "inputs-only") {
     auto json = nn::JsonReader::parse(story.config, story.name);
     model = *nn::build_language_model(*json, {kDevice, story.dtype});
     model->initialize(generator);
@@ -309,6 +312,68 @@ TEST_P(StepGraphOfTrainer, WhatCannotBeCapturedIsRefused) {
             "[train] a step with hooks around backward cannot be captured: train without a graph");
   EXPECT_EQ(error_of([&] { (void)run.trainer->step(std::span<const nn::Batch>(), 1e-2, 1); }),
             "[train] a step needs at least one micro-batch");
+}
+
+TEST_P(StepGraphOfTrainer, AutomaticIsOnWhereOpsAreSmall) {
+  Subject with(GetParam(), StepGraphs::automatic), without(GetParam(), false);
+  EXPECT_EQ(with.steps(6), without.steps(6));
+  EXPECT_EQ(with.trainer->launches(), 3);  // one step shows, two are done as they are
+  with.trainer->hooks.after = without.trainer->hooks.after = [] {};
+  EXPECT_EQ(with.steps(1), without.steps(1));
+  EXPECT_EQ(with.trainer->launches(), 3);
+}
+
+// Its rotations depend on the highest position, which the host reads.
+TEST_P(StepGraphOfTrainer, AutomaticGoesOnWithoutWhereAStepCannotBeCaptured) {
+  const Story story{"dynamic", R"({
+    "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})"};
+  const auto batch = [](int number) {
+    nn::Batch all = batch_of(number);
+    std::vector<std::int64_t> positions(18);
+    for (std::size_t i = 0; i < positions.size(); ++i) {
+      positions[i] = static_cast<std::int64_t>(i % 9) + number;
+    }
+    all.positions = Tensor::from(positions, {2, 9}, kDevice);
+    return all;
+  };
+  Subject on(story, true), automatic(story, StepGraphs::automatic), off(story, false);
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(automatic.trainer->step(batch(i), 1e-2), off.trainer->step(batch(i), 1e-2)) << i;
+  }
+  EXPECT_EQ(automatic.trained(), off.trained());
+  EXPECT_EQ(automatic.trainer->launches(), 0);
+  const auto three = [&] {
+    for (int i = 0; i < 3; ++i) {
+      (void)on.trainer->step(batch(i), 1e-2);
+    }
+  };
+  EXPECT_NE(error_of(three).find("cannot be part of a captured step"), std::string::npos);
+}
+
+// Labels that lie behind the ids in one tensor are not the ids.
+TEST_P(StepGraphOfTrainer, LabelsMayLieBesideTheIds) {
+  std::vector<std::string> all[2];
+  for (const bool graph : {false, true}) {
+    Subject run(GetParam(), graph);
+    std::vector<std::int64_t> both(36);
+    for (std::size_t i = 0; i < both.size(); ++i) {
+      both[i] = static_cast<std::int64_t>(i * 7 % 50);
+    }
+    const Tensor ids_and_labels = Tensor::from(both, {4, 9});
+    nn::Batch batch;
+    batch.ids = ids_and_labels.slice(0, 0, 2);
+    batch.labels = ids_and_labels.slice(0, 2, 4);
+    if (!graph) {
+      batch = on(batch, kDevice);
+    }
+    for (int i = 0; i < 4; ++i) {
+      all[graph].push_back(fmt::format("{}: {}", run.trainer->step(batch, 1e-2), run.trained()));
+    }
+  }
+  EXPECT_EQ(all[1], all[0]);
+  EXPECT_NE(all[1][0].substr(0, 4), all[1][3].substr(0, 4)) << "it learns";
 }
 
 // ---- core/captured_step.h ----------------------------------------------------------------------

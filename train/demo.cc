@@ -253,20 +253,29 @@ absl::StatusOr<std::string> demo_text(const DemoOptions& options, int ranks) {
   return options.text.empty() ? read_fortunes(least_bytes) : read_text(options.text, least_bytes);
 }
 
+namespace {
+
+void require_same_demo(distributed::Communicator& ranks, const DemoOptions& options,
+                       const std::string& text) {
+  const distributed::Setting settings[] = {
+      {"seed", std::to_string(options.seed)},
+      {"learning rate", fmt::format("{}", options.learning_rate)},
+      {"bytes of text", std::to_string(text.size())},
+      {"hash of the text", std::to_string(distributed::Hash().add(text).value())},
+      {"shards", std::to_string(options.shards)},
+      {"stage", std::to_string(options.stage)},
+      {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
+  require_same(ranks, settings, "the start of the demo");
+}
+
+}  // namespace
+
 absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ranks) {
   const auto text = demo_text(options, ranks.size());
   if (!text.ok()) {
     return text.status();
   }
-  const distributed::Setting settings[] = {
-      {"seed", std::to_string(options.seed)},
-      {"learning rate", fmt::format("{}", options.learning_rate)},
-      {"bytes of text", std::to_string(text->size())},
-      {"hash of the text", std::to_string(distributed::Hash().add(*text).value())},
-      {"shards", std::to_string(options.shards)},
-      {"stage", std::to_string(options.stage)},
-      {"a file for gradients", options.gradients_out.empty() ? "no" : "yes"}};
-  require_same(ranks, settings, "the start of the demo");
+  require_same_demo(ranks, options, *text);
   const ByteData data(*text, kBatch / std::max(ranks.size(), options.shards), kTokens);
   const auto model = demo_model(options.device);
   const auto meta_model = demo_model(meta);
@@ -278,7 +287,8 @@ absl::Status run_demo(const DemoOptions& options, distributed::Communicator& ran
                 distributed::ShardingOptions{.stage = options.stage});
   }
   distributed::Sharding* const sharding = cut ? &*cut : nullptr;
-  Trainer trainer(*model, generator, {{}, 1.0, Policies::named(options.policy)}, sharding);
+  Trainer trainer(*model, generator,
+                  {{}, 1.0, Policies::named(options.policy), StepGraphs::automatic}, sharding);
   std::optional<distributed::Reducer> reducer;
   auto reduce = [&](int shards) {
     reducer.emplace(ranks, trainer.parameters(), distributed::ReducerOptions{.shards = shards});

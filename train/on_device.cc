@@ -55,7 +55,7 @@ nn::Batch on(const nn::Batch& batch, Device device) {
       moved.*part = (batch.*part).to(device);
     }
   }
-  if (batch.labels.shares_storage(batch.ids)) {
+  if (batch.labels.defined() && same_view(batch.labels, batch.ids)) {
     moved.labels = moved.ids;  // counted once, as there
   }
   if (batch.mask.defined() && !batch.padded_right && batch.mask.device().kind != DeviceKind::cuda) {

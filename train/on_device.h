@@ -17,7 +17,12 @@ absl::StatusOr<Device> parse_device(std::string_view text);
 absl::Status expect_usable(Device device);
 // Returns when all work given to the device is done: before a clock is read.
 void wait_for(Device device);
-// Every tensor of the batch on the device; labels that share the ids' storage still do.
+// The same elements of the same memory.
+inline bool same_view(const Tensor& a, const Tensor& b) {
+  return a.shares_storage(b) && a.offset() == b.offset() && a.shape() == b.shape() &&
+         a.strides() == b.strides();
+}
+// Every tensor of the batch on the device; labels that are the ids still are.
 nn::Batch on(const nn::Batch& batch, Device device);
 
 }  // namespace reprise::train

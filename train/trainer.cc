@@ -27,7 +27,7 @@ Trainer::Trainer(nn::Model& model, Generator& generator, TrainerOptions options,
     fail("train", "the model has no trainable parameter: everything is frozen");
   }
   model_.train(generator_);
-  if (options_.graph) {
+  if (options_.graph == StepGraphs::on) {
     graph_ = make_graph();
   }
 }
@@ -123,18 +123,21 @@ double Trainer::step(const nn::Batch& batch, double learning_rate) {
 
 double Trainer::step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale) {
   return explained(micro_batches, true, [&] {
-    if (graph_ != nullptr) {
-      return graph_step(micro_batches, learning_rate, scale);
-    }
-    const double loss = sweeps(micro_batches, scale);
-    const PhaseScope phase(Phase::optimizer);
-    optimizer_.step(learning_rate, clip_scale());
-    if (sharding_ != nullptr) {
-      sharding_->updated();
-    }
-    ++steps_;
-    return loss;
+    return wants_graph(micro_batches) ? graph_step(micro_batches, learning_rate, scale)
+                                      : plain_step(micro_batches, learning_rate, scale);
   });
+}
+
+double Trainer::plain_step(std::span<const nn::Batch> micro_batches, double learning_rate,
+                           double scale) {
+  const double loss = sweeps(micro_batches, scale);
+  const PhaseScope phase(Phase::optimizer);
+  optimizer_.step(learning_rate, clip_scale());
+  if (sharding_ != nullptr) {
+    sharding_->updated();
+  }
+  ++steps_;
+  return loss;
 }
 
 void Trainer::report_unreached(const std::vector<Parameter*>& parameters) {
@@ -184,9 +187,27 @@ void Trainer::explain_gradients(double norm, std::string_view first) const {
                   norm, steps_ + 1, first));
 }
 
+namespace {
+
+// Steps must not lose their dropout, also when an Error leaves.
+class Evaluating {
+ public:
+  Evaluating(nn::Model& model, Generator& generator) : model_(model), generator_(generator) {
+    model_.evaluate();
+  }
+  ~Evaluating() { model_.train(generator_); }
+  Evaluating(const Evaluating&) = delete;
+
+ private:
+  nn::Model& model_;
+  Generator& generator_;
+};
+
+}  // namespace
+
 double Trainer::evaluate(const nn::Batch& batch) {
   const PhaseScope phase(Phase::evaluation);
-  model_.evaluate();
+  const Evaluating evaluating(model_, generator_);
   const double loss = model_.loss(batch).tensor().item<float>();
   if (!std::isfinite(loss)) {
     Tape::Scope scope(tape_, options_.policies);
@@ -196,7 +217,6 @@ double Trainer::evaluate(const nn::Batch& batch) {
   if (sharding_ != nullptr) {
     sharding_->end_forward();
   }
-  model_.train(generator_);
   return loss;
 }
 

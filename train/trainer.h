@@ -25,6 +25,16 @@ class Diverged : public Error {
   using Error::Error;
 };
 
+// Whether steps on a cuda device become launches of a graph.
+enum class StepGraphs : std::uint8_t {
+  off,
+  on,
+  // Where the first step shows that its ops are so small that giving them to the device takes
+  // longer than doing them, and where nothing forbids it (sharding, hooks, texts that share a row).
+  // What turns out to be impossible to capture goes on without.
+  automatic,
+};
+
 struct TrainerOptions {
   nn::AdamWOptions adamw;
   double max_norm = 1.0;  // of all gradients together; 0: not clipped
@@ -36,7 +46,7 @@ struct TrainerOptions {
   // kernel after another, until three in a row make a graph in place of the one before. A batch's
   // tensors may be on the device or on the host; they are copied. Gradients are absent after a
   // step.
-  bool graph = false;
+  StepGraphs graph = StepGraphs::off;
 };
 
 // Calls before and after each backward; empty: nothing.
@@ -66,10 +76,11 @@ class Trainer {
   // What happens around backward, for reduction over ranks.
   SweepHooks hooks;
 
-  // Forward, backward, clip, update. With a graph it throws Error for what cannot be captured, such
-  // as a model that reads elements on the host. Returns the loss before the update; 0 for a model
-  // on meta, where a step is a dry run with the same allocations. Throws Diverged before anything
-  // is updated, and OutOfMemory, which says what every policy would take (what_fits.h).
+  // Forward, backward, clip, update. With StepGraphs::on it throws Error for what cannot be
+  // captured, such as a model that reads elements on the host. Returns the loss before the update;
+  // 0 for a model on meta, where a step is a dry run with the same allocations. Throws Diverged
+  // before anything is updated, and OutOfMemory, which says what every policy would take
+  // (what_fits.h).
   double step(const nn::Batch& batch, double learning_rate);
   // Forward and backward only: gradients as they stand after the sweep.
   double forward_backward(const nn::Batch& batch);
@@ -109,6 +120,8 @@ class Trainer {
   // train/trainer_graph.cc
   struct Graph;
   std::shared_ptr<Graph> make_graph() const;
+  bool wants_graph(std::span<const nn::Batch> micro_batches);
+  double plain_step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale);
   double graph_step(std::span<const nn::Batch> micro_batches, double learning_rate, double scale);
   void record_step(double scale);
   double finite_loss(std::uint64_t first_offset);

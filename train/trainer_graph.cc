@@ -1,5 +1,6 @@
 // Steps of a trainer that are launches of a graph (TrainerOptions::graph). All that changes from
 // one to the next lies in memory: the batch, AdamW's scalars, how far the random numbers are.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -9,11 +10,13 @@
 #include <fmt/format.h>
 
 #include "core/captured_step.h"
+#include "core/out_of_memory.h"
 #include "core/progress.h"
 #include "core/step_graph.h"
 #include "kernels/adamw.h"
 #include "kernels/reduce.h"
 #include "nn/models/attend.h"
+#include "train/on_device.h"
 #include "train/trainer.h"
 
 namespace reprise::train {
@@ -24,7 +27,30 @@ constexpr Tensor nn::Batch::*kParts[] = {
     &nn::Batch::pixels, &nn::Batch::grids,  &nn::Batch::image_tokens};
 
 bool are_ids(const nn::Batch& batch, Tensor nn::Batch::*part) {
-  return part == &nn::Batch::labels && batch.labels.shares_storage(batch.ids);
+  return part == &nn::Batch::labels && batch.labels.defined() && same_view(batch.labels, batch.ids);
+}
+
+// A launch costs the host some 5 us, in which a card does about as many operations.
+constexpr double kLaunchBoundFlops = 1e9;
+
+bool shares_rows(const nn::Batch& batch) {
+  return !batch.starts.empty();
+}
+// Of the exception that is being handled: whether the step may go well when it is not captured.
+bool is_refusal() {
+  try {
+    throw;
+  } catch (const OutOfMemory&) {
+    return false;
+  } catch (const Error&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+bool has_hooks(const SweepHooks& hooks) {
+  return hooks.before || hooks.after || hooks.before_accumulation || hooks.after_accumulation;
 }
 
 }  // namespace
@@ -142,19 +168,39 @@ std::string key_of(std::span<const nn::Batch> batches, double scale, std::uint64
 
 }  // namespace
 
+// The first step is done without, and measured.
+bool Trainer::wants_graph(std::span<const nn::Batch> micro_batches) {
+  if (options_.graph != StepGraphs::automatic) {
+    return graph_ != nullptr;
+  }
+  if (steps_ == 0 || has_hooks(hooks) || std::ranges::any_of(micro_batches, shares_rows)) {
+    return false;
+  }
+  if (graph_ == nullptr) {
+    const TapeReport& done = tape_.report();
+    const auto flops = static_cast<double>(done.forward_flops + done.backward_flops);
+    const auto ops = static_cast<double>(std::max<std::int64_t>(done.records, 1) * 2);
+    if (parameters_.front()->value().device().kind != DeviceKind::cuda || sharding_ != nullptr ||
+        flops / ops > kLaunchBoundFlops) {
+      options_.graph = StepGraphs::off;
+      return false;
+    }
+    graph_ = make_graph();
+  }
+  return true;
+}
+
 double Trainer::graph_step(std::span<const nn::Batch> micro_batches, double learning_rate,
                            double scale) {
   if (micro_batches.empty()) {
     fail("train", "a step needs at least one micro-batch");
   }
-  for (const nn::Batch& batch : micro_batches) {
-    if (!batch.starts.empty()) {
-      fail("train",
-           "texts that share a row cannot be part of a captured step: train without a graph, or "
-           "with a text a row");
-    }
+  if (std::ranges::any_of(micro_batches, shares_rows)) {
+    fail("train",
+         "texts that share a row cannot be part of a captured step: train without a graph, or "
+         "with a text a row");
   }
-  if (hooks.before || hooks.after || hooks.before_accumulation || hooks.after_accumulation) {
+  if (has_hooks(hooks)) {
     fail("train", "a step with hooks around backward cannot be captured: train without a graph");
   }
   progress().begin_step(steps_ + 1);
@@ -183,12 +229,19 @@ double Trainer::graph_step(std::span<const nn::Batch> micro_batches, double lear
   zero_gradients();
   graph.now = &fixed;
   CapturedStep::How how{};
+  const bool captures = graph.step.is_next(key);
   try {
     how = graph.step.run(key, [&] { record_step(scale); });
   } catch (...) {
     tape_.reset();
+    zero_gradients();  // some lie in the plan's memory, and were never computed
     generator_.next_offset = first;
-    throw;
+    if (options_.graph != StepGraphs::automatic || !captures || !is_refusal()) {
+      throw;
+    }
+    options_.graph = StepGraphs::off;
+    graph_ = nullptr;
+    return plain_step(micro_batches, learning_rate, scale);
   }
   if (how != CapturedStep::How::plain) {
     ++graph.launches;

@@ -81,8 +81,8 @@ struct Options {
   // and in its middle run, and of device memory that is added meanwhile only bounds and alignment
   // are checked. What kernels compute then means nothing.
   bool corners = false;
-  std::size_t max_shared_bytes = std::size_t{227} << 10;
-  void (*gate)(bool open) = nullptr;  // called before and after each launch
+  std::size_t max_shared_bytes = std::size_t{163} << 10;  // of compute capability 8.0, the least
+  void (*gate)(bool open) = nullptr;                      // called before and after each launch
 };
 Options& options();
 
