@@ -323,13 +323,14 @@ std::vector<Row> rows() {
   return result;
 }
 
-std::string row_name(const ::testing::TestParamInfo<Row>& info) {
-  std::string text = info.param.op.name + "_" + std::string(name(info.param.dtype)) + "_" +
-                     (info.param.device == cpu ? "cpu" : "cuda");
-  for (char& c : text) {
-    c = std::isalnum(static_cast<unsigned char>(c)) != 0 ? c : '_';
-  }
+std::string as_name(std::string text) {
+  std::ranges::replace_if(
+      text, [](unsigned char c) { return std::isalnum(c) == 0; }, '_');
   return text;
+}
+std::string row_name(const ::testing::TestParamInfo<Row>& info) {
+  return as_name(info.param.op.name + "_" + std::string(name(info.param.dtype)) + "_" +
+                 (info.param.device == cpu ? "cpu" : "cuda"));
 }
 
 class OpCases : public ::testing::TestWithParam<Row> {
@@ -583,12 +584,7 @@ std::vector<OpCase> cases_with_mistakes() {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, OpMistakes, ::testing::ValuesIn(cases_with_mistakes()),
-                         [](const ::testing::TestParamInfo<OpCase>& row) {
-                           std::string text = row.param.name;
-                           std::ranges::replace_if(
-                               text, [](unsigned char c) { return std::isalnum(c) == 0; }, '_');
-                           return text;
-                         });
+                         [](const auto& row) { return as_name(row.param.name); });
 
 TEST(OpTable, HasUniqueNames) {
   std::set<std::string> names;
