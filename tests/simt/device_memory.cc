@@ -22,6 +22,7 @@ constexpr std::size_t kApart = 256;  // between blocks, so that what leaves a te
 
 const char* reserved_begin = nullptr;
 
+#if !defined(__SANITIZE_ADDRESS__)  // it explains signals itself
 void explain(int signal, siginfo_t* info, void*) {
   const auto* const at = static_cast<const char*>(info->si_addr);
   if (at >= reserved_begin && at < reserved_begin + kReserved) {
@@ -30,6 +31,7 @@ void explain(int signal, siginfo_t* info, void*) {
   }
   std::signal(signal, SIG_DFL);  // the access comes again, and ends the program
 }
+#endif
 
 }  // namespace
 
