@@ -128,7 +128,7 @@ def end_to_end(build, folder):
     assert listed.returncode == 0 and "  done" in listed.stdout and "0 of " in listed.stdout, listed.stdout
     assert not (folder / "fifth").exists()
     making = dossier(build, folder / "fifth", folder / "none.tar.gz", "--list", "--make", "--stages", "3", "--only", "nothing")
-    assert making.stdout.startswith("build  (stage 1") and "1 of 1 items are left" in making.stdout, making.stdout
+    assert making.stdout.startswith("build  (stage 1") and "1 of 1 items are left, about 1 minutes" in making.stdout, making.stdout
     (folder / "damaged.tar.gz").write_text("no archive")
     damaged = dossier(build, folder / "third", folder / "damaged.tar.gz")
     assert damaged.returncode == 1 and "no archive of a dossier" in damaged.stderr
@@ -289,6 +289,7 @@ def equal_losses():
     assert status(fall(0.1), fall(0.1)) == "failed"
     assert status(fall(-2.0), fall(-2.0)) == "failed"
     assert status(fall(3.0), fall(2.0)) == "failed"
+    assert steps.compared(fall(0.0), fall(0.0), 20, None)["status"] == "ok"
     assert status(fall(2.0, 19), fall(2.0)) == status(fall(2.0, 19), fall(2.0, 19)) == "failed"
     for broken in [float("nan"), float("inf"), None]:
         for at in [0, 7, 19]:

@@ -77,7 +77,7 @@ class Session:
         for folder in sorted(results.glob(f"????-??-??-{card}"), reverse=True):
             file = folder / "progress.json"
             said = json.loads(file.read_text()) if file.exists() else {"left": 0}
-            if said["left"] != 0 and all(said[name] == value for name, value in self.origin.items()):
+            if said["left"] != 0 and all(said.get(name) == value for name, value in self.origin.items()):
                 return folder
         return results / f"{datetime.date.today().isoformat()}-{card}"
 
@@ -127,8 +127,11 @@ class Session:
         shares = {kind: sum(took for took, _ in both) / sum(thought for _, thought in both) for kind, both in kinds.items() if len(both) > 1}
         self.paces = {kind: min(1.0, max(0.25, share)) for kind, share in shares.items()}
 
+    def pace(self, item):
+        return self.paces.get(item.key.split("/")[0], 1.0)
+
     def needs(self, item):
-        seconds = self.paces.get(item.key.split("/")[0], 1.0) * self.estimate(item)
+        seconds = self.pace(item) * self.estimate(item)
         if self.cut_file(item).exists() and self.is_own(cut := json.loads(self.cut_file(item).read_text())):
             seconds = max(seconds, 1.5 * cut["seconds"])
         return min(seconds, item.limit, 0.95 * (self.end - self.start)) if self.args.minutes else seconds

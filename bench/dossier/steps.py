@@ -17,16 +17,16 @@ FIRST = ["inputs-only", "keep-all", "compile"]
 SECOND = ["keep-products", "compile+cudnn", "eager"]
 SEARCHES = ["keep-all+searched", "keep-all+graph", "max-autotune"]
 ROUND = 35
-LEAST_FALL, LORA_RATE, DRY_RATE = 0.3, 3e-3, 3e-3  # of the losses that are compared
+LEAST_FALL, LORA_RATE = 0.3, 3e-3  # of the losses that are compared
 # Ours; "searched" uses the choices of a search among cuBLASLt's algorithms, "graph" launches captured steps.
 POLICIES = ["inputs-only", "keep-all", "keep-products", "keep-all+searched", "keep-all+graph"]
 CURVE = ["nested", "keep-products+offload"]
 # batch, tokens: of a step. config: its file, where it is not called as the model. rank: what is worth most.
 MODELS = {
     "gpt2-124m": {"batch": 32, "tokens": 1024, "layers": 12, "rounds": 3, "seconds": 60, "rank": 21},
-    "llama-8b-lora": {"config": "llama-8b", "batch": 1, "tokens": 2048, "layers": 32, "lora": 16, "rounds": 2, "seconds": 100, "rank": 22},
-    "llama-1.2b": {"batch": 4, "tokens": 2048, "layers": 16, "rounds": 2, "seconds": 80, "rank": 23},
-    "llama-8b-8-layers": {"batch": 1, "tokens": 2048, "layers": 8, "rounds": 2, "seconds": 80, "rank": 24},
+    "llama-8b-lora": {"config": "llama-8b", "batch": 1, "tokens": 2048, "layers": 32, "lora": 16, "rounds": 2, "seconds": 100, "rank": 24},
+    "llama-1.2b": {"batch": 4, "tokens": 2048, "layers": 16, "rounds": 2, "seconds": 80, "rank": 22},
+    "llama-8b-8-layers": {"batch": 1, "tokens": 2048, "layers": 8, "rounds": 2, "seconds": 80, "rank": 23},
 }
 WEIGHTS_SECONDS = {"gpt2-124m": 5, "llama-1.2b": 30, "llama-8b": 150, "llama-8b-8-layers": 60}
 TINY_MODELS = {
@@ -118,7 +118,8 @@ def no_caches(session, name):
 
 
 def compared(ours, theirs, count, least_fall):
-    """Equal losses: each within 1%, and the same fall, without which 20 steps that teach nothing would be equal too."""
+    """Equal losses: each within 1%, and the same fall, without which 20 steps that teach nothing would be equal too. A
+    dry run's have none to ask for: of a tiny vocabulary all ids are drawn."""
     numbers = [*ours, *theirs]
     said = {"reprise": ours, "pytorch": theirs}
     if len(ours) != count or len(theirs) != count:
@@ -130,6 +131,8 @@ def compared(ours, theirs, count, least_fall):
     said.update(worst=worst, falls=falls)
     if worst >= 0.01:
         return {"status": "failed", "error": f"losses differ by {worst:.2%}", **said}
+    if least_fall is None:
+        return {"status": "ok", "error": "", **said}
     if falls[1] <= least_fall:
         return {"status": "failed", "error": f"PyTorch's loss falls by {falls[1]:.3f} only: nothing is learned", **said}
     if abs(falls[0] / falls[1] - 1) >= 0.1:
@@ -141,8 +144,8 @@ def losses(name, model):
     """20 steps, each on another batch, from the same weights in both."""
 
     def call(session):
-        count = 8 if session.args.dry else 20
-        rate = ["--learning-rate", DRY_RATE if session.args.dry else LORA_RATE] if "lora" in model or session.args.dry else []
+        count = 3 if session.args.dry else 20
+        rate = ["--learning-rate", LORA_RATE] if "lora" in model else []
         repeat, more = ["--warmup", 1, "--steps", count - 1], ["--fresh", *rate]
         both = {}
         # The peer first: where it lacks a package, nothing else is spent.
@@ -151,7 +154,7 @@ def losses(name, model):
             if outcome["status"] != "ok":
                 return {**outcome, "error": f"{peer}: {outcome['error']}"}
             both[peer] = outcome["result"]["losses"]
-        return compared(both["reprise"], both["pytorch"], count, 0.0 if session.args.dry else LEAST_FALL)
+        return compared(both["reprise"], both["pytorch"], count, None if session.args.dry else LEAST_FALL)
 
     return call
 
