@@ -23,6 +23,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 checks = importlib.import_module("dossier.checks")
 run = importlib.import_module("dossier.run")
 report = importlib.import_module("dossier.report")
+steps = importlib.import_module("dossier.steps")
+machine = importlib.import_module("dossier.machine")
+every = importlib.import_module("dossier.items")
 
 
 def command_of(build, out, archive, *more):
@@ -53,6 +56,12 @@ def judged():
     assert failed["status"] == "failed" and failed["failed"] == ["All/OpCases.X/relu_cuda"], failed
     refused = of("========= Error: Device not supported. Please refer to the tool's documentation", "FAILED", wrapper=["compute-sanitizer"])
     assert refused["status"] == "not run" and "Device not supported" in refused["error"], refused
+    # Tests that ran without the tool: nothing was checked by it, but what failed has failed.
+    refusal = "========= Error: Device not supported"
+    assert of(refusal, ran, "[  PASSED  ] 3 tests.", wrapper=["compute-sanitizer"])["status"] == "not run"
+    hidden = of(refusal, "[  FAILED  ] All/OpCases.X/relu_cuda (3 ms)", ran, wrapper=["compute-sanitizer"])
+    assert hidden["status"] == "failed" and hidden["failed"], hidden
+    assert of("Unable to open a file", "[  FAILED  ] A.B (3 ms)", ran, wrapper=["compute-sanitizer"])["status"] == "failed"
 
 
 def dossier(*words):
@@ -93,7 +102,7 @@ def end_to_end(build, folder):
         assert name.startswith("items/kernels/") or f" {name[6:-5]} " not in whole.stdout, name
     done = items(second)
     states = {key: item["status"] for key, item in done.items()}
-    allowed = lambda key: ["not run"] if key.startswith("sanitizer/") else ["ok", "not run"] if "graph" in key else ["ok"]
+    allowed = lambda key: ["not run"] if key.startswith("sanitizer/") else ["ok"]
     assert all(state in allowed(key) for key, state in states.items()), states
     assert done["op_rows/part1"]["ran"] > 20
     for item in done.values():
@@ -114,16 +123,78 @@ def end_to_end(build, folder):
     command = [word for word in command_of(build, folder / "fourth", folder / "none.tar.gz") if word not in ("--dry", "--reduced")]
     alone = subprocess.run(command, capture_output=True, text=True)
     assert alone.returncode == 1 and "CUDA" in alone.stderr, (alone.returncode, alone.stderr)
-    assert not (folder / "fourth/items").exists()
+    assert not (folder / "fourth").exists()
+    listed = dossier(build, folder / "fifth", archive, "--list")
+    assert listed.returncode == 0 and "  done" in listed.stdout and "0 of " in listed.stdout, listed.stdout
+    assert not (folder / "fifth").exists()
+    making = dossier(build, folder / "fifth", folder / "none.tar.gz", "--list", "--make", "--stages", "3", "--only", "nothing")
+    assert making.stdout.startswith("build  (stage 1") and "1 of 1 items are left, about 1 minutes" in making.stdout, making.stdout
     (folder / "damaged.tar.gz").write_text("no archive")
     damaged = dossier(build, folder / "third", folder / "damaged.tar.gz")
     assert damaged.returncode == 1 and "no archive of a dossier" in damaged.stderr
 
 
-def session_of(folder, seconds):
+def watched():
+    """What the card says while an item runs."""
+    said = iter([{"clocks.sm": "1980", "temperature.gpu": "60", "power.draw": "[N/A]", "reasons": "0x4"}, {}])
+    watch = machine.Watch("reasons", lambda: next(said, {"clocks.sm": "1410", "temperature.gpu": "70", "power.draw": "[N/A]", "reasons": "0x1"}), 0.02)
+    with watch:
+        time.sleep(0.5)
+    told = watch.told()
+    assert told["samples"] > 2 and told["clocks.sm"] == {"min": 1410, "median": 1410, "max": 1980}, told
+    assert told["reasons"]["0x4"] == 1 and told["reasons"]["0x1"] > 0 and "power.draw" not in told, told
+
+
+def others(folder):
+    """Results of another card or commit are not this one's; an unfinished folder is gone on with, whatever the day."""
+    item = run.Item(1, "kind/one", 10.0, lambda s: {"status": "ok"})
+    first = session_of(folder, 30, "others")
+    first.begin()
+    assert first.work([item]) == 0 and first.done(item)
+    for name in first.origin:
+        session = session_of(folder, 30, "others")
+        session.origin = {**session.origin, name: "another"}
+        session.begin()
+        assert session.result(item) is None and not session.done(item)
+        assert any("another" not in line and "not counted" in line for line in report.origins_text(session)), report.origins_text(session)
+        session.args.keep_others = True
+        assert session.done(item)
+    # Items that were quick make the next ones of their kind need less, but not nothing.
+    more = [run.Item(1, f"kind/{name}", 10.0, lambda s: {"status": "ok"}) for name in ["two", "three"]]
+    assert session_of(folder, 30, "others").needs(more[1]) == 10
+    assert first.work(more[:1]) == 0 and first.needs(more[1]) == 2.5, first.needs(more[1])
+    results = folder / "results"
+    session = session_of(folder, 30)
+    today = session.unfinished(results)
+    assert today.parent == results and not today.exists()
+    for left, card, day, expected in [(0, "dry", "2026-01-01", today.name), (None, "dry", "2026-01-02", "2026-01-02-dry"), (3, "dry", "2026-01-03", "2026-01-03-dry"), (3, "h200", "2026-01-04", "2026-01-03-dry")]:
+        session.keep(results / f"{day}-{card}/progress.json", {"left": left, **session.origin})
+        assert session.unfinished(results).name == expected, (session.unfinished(results), expected)
+    assert session_of(folder, 30, "others").lacks("json5000")["status"] == "not run"
+
+
+def order(folder):
+    """Half an hour says something of every model."""
+    session = session_of(folder, 30)
+    session.args.dry, session.args.no_peers, session.has_peers = False, False, True
+    session.args.make, session.args.reduced = True, False
+    keys = [item.key for item in every.all_items(session)]
+    assert keys[0] == "build" and "tests/distributed_test" in keys and len(set(keys)) == len(keys)
+    at = lambda *names: [keys.index(f"steps/{model}/{name}") for model in steps.MODELS for name in names]
+    tiers = [at("losses", "reprise/inputs-only/round1", "reprise/keep-all/round1", "pytorch/compile/round1")]
+    tiers.append(at("reprise/keep-products/round1", "pytorch/eager/round1"))
+    tiers.append(at("reprise/keep-all+searched/round1", "pytorch/max-autotune/round1", "reprise/keep-all+graph/round1"))
+    assert max(tiers[0]) < min(tiers[1]) and max(tiers[1]) < min(tiers[2]), tiers
+    shape = "kernels/llama-8b/bf16"
+    assert keys.index(f"{shape}/reprise") < keys.index(f"{shape}/reprise-searched") < keys.index("steps/llama-8b-lora/reprise/keep-all+searched/round1")
+    missing = next(item for item in every.all_items(session) if item.key == "tests/distributed_test").call(session)
+    assert missing == {"status": "not run", "error": "distributed/distributed_test was not built"}, missing
+
+
+def session_of(folder, seconds, out="limits"):
     args = argparse.Namespace(
-        minutes=seconds / 60, out=str(folder / "limits"), scratch=str(folder / "scratch"), archive=None, build="/nowhere",
-        python=sys.executable, no_peers=True, dry=True, again=False,
+        minutes=seconds / 60, out=str(folder / out), scratch=str(folder / "scratch"), archive=None, build="/nowhere",
+        python=sys.executable, no_peers=True, dry=True, again=False, prefix="", keep_others=False,
     )  # fmt: skip
     return run.Session(args, ROOT)
 
@@ -208,6 +279,53 @@ class Fixed:
     ok, steps, kernels = report.Results.ok, report.Results.steps, report.Results.kernels
 
 
+def equal_losses():
+    """20 steps: equal where each loss and the fall are, and where something was learned."""
+    fall = lambda by, count=20: [10.0 - by * at / (count - 1) for at in range(count)]
+    status = lambda ours, theirs: steps.compared(ours, theirs, 20, steps.LEAST_FALL)["status"]
+    assert status(fall(2.0), fall(2.0)) == "ok"
+    assert status(fall(1.95), fall(2.0)) == "ok"
+    assert status(fall(0.45), fall(0.5)) == "failed"  # within 1% everywhere, but another fall
+    assert status(fall(0.1), fall(0.1)) == "failed"
+    assert status(fall(-2.0), fall(-2.0)) == "failed"
+    assert status(fall(3.0), fall(2.0)) == "failed"
+    assert steps.compared(fall(0.0), fall(0.0), 20, None)["status"] == "ok"
+    assert status(fall(2.0, 19), fall(2.0)) == status(fall(2.0, 19), fall(2.0, 19)) == "failed"
+    for broken in [float("nan"), float("inf"), None]:
+        for at in [0, 7, 19]:
+            wrong = [*fall(2.0)[:at], broken, *fall(2.0)[at + 1 :]]
+            assert status(wrong, fall(2.0)) == status(fall(2.0), wrong) == status(wrong, wrong) == "failed"
+    assert report.verdict(report.Target("a NaN", "<=", 1, float("nan"), 3)) == report.verdict(report.Target("a NaN", ">=", 1, float("nan"), 3)) == "miss"
+
+
+def cells_of(model, speed=90, **states):
+    """Every cell of PyTorch but those that are named: None for one that is left."""
+    keys = {cell: f"steps/{model}/pytorch/{cell}/round1" for cell in steps.CELLS}
+    return {key: states[cell] if cell in states else step(speed, 100, {}) for cell, key in keys.items()}
+
+
+def best_of_all():
+    """Nothing passes against the best cell while one has no result, one failed, or the losses were not equal."""
+    model, losses = "gpt2-124m", "steps/gpt2-124m/losses"
+    mine = {f"steps/{model}/reprise/keep-all/round1": step(130, 20, {}), losses: {"status": "ok"}}
+
+    def said(**changed):
+        rows = report.targets(Fixed({**mine, **cells_of(model), **changed}))
+        return next(row for row in rows if row["target"].startswith(f"tokens/s, {model}"))
+
+    assert said()["verdict"] == "pass" and "without" not in said()["target"]
+    absent = said(**cells_of(model, eager=None))
+    assert absent["verdict"] == "waiting" and absent["value"] is None, absent
+    failed = {"status": "failed", "error": "out of memory"}
+    without = said(**cells_of(model, eager=failed))
+    assert without["verdict"] == "waiting" and "(without eager: failed)" in without["target"] and without["value"] > 1.25, without
+    slow = said(**cells_of(model, 120, eager={"status": "not run"}))
+    assert slow["verdict"] == "miss" and "(without eager: not run)" in slow["target"], slow
+    for state in [None, failed, {"status": "not run"}]:
+        assert said(**{losses: state})["verdict"] == "waiting" and said(**{losses: state})["value"] is None
+    assert said(**cells_of(model, 120))["verdict"] == "miss"
+
+
 def step(tokens_per_s, first_ms, more):
     result = {"tokens_per_s": tokens_per_s, "first_step_ms": first_ms, "peak_bytes": 100, "driver_bytes": 203, "driver_bytes_before": 100, "batch": 2, "tokens": 8, **more}
     return {"status": "ok", "result": result, "planned": 100}
@@ -215,7 +333,7 @@ def step(tokens_per_s, first_ms, more):
 
 def verdicts():
     row = lambda kernel, ms, size=0, **more: {"kernel": kernel, "ms": ms, "bytes": size, "flops": 0, **more}
-    rows = [row("copy", 1, 1000), row("copy_table", 10, 20000), row("rms_norm", 1, 900), row("adamw", 12, 19000), row("linear_cross_entropy", 2, extra_bytes=7)]
+    rows = [row("copy", 1, 1000), row("copy_table", 10, 20000), row("rms_norm", 1, 900), row("rms_norm_residual", 1, 870), {"kernel": "rope", "ms": None, "error": "not run: out of memory"}, row("adamw", 12, 19000), row("linear_cross_entropy", 2, extra_bytes=7)]
     peer = [row("attention_cudnn", None), row("linear_cross_entropy", 3, extra_bytes=100)]
     by_key = {
         "op_rows/part1": {"status": "ok"},
@@ -224,7 +342,9 @@ def verdicts():
         "parity/bf16/part1": None,
         "steps/gpt2-124m/reprise/keep-all/round1": step(130, 20, {"flops": 16}),
         "steps/gpt2-124m/reprise/inputs-only/round1": step(100, 10, {"flops": 16}),
+        **cells_of("gpt2-124m", 90),
         "steps/gpt2-124m/pytorch/compile/round1": step(100, 100, {}),
+        "steps/gpt2-124m/losses": {"status": "ok", "worst": 0.004},
         "kernels/gpt2-124m/bf16/reprise": {"status": "ok", "result": {"rows": rows}},
         "kernels/gpt2-124m/bf16/pytorch": {"status": "ok", "result": {"rows": peer}},
     }
@@ -238,6 +358,10 @@ def verdicts():
         "time of inputs-only, gpt2-124m: of keep-all": (1.3, "miss"),
         "driver's bytes, gpt2-124m: of planned bytes, without the context": (1.03, "pass"),
         "rms_norm, gpt2-124m: of copy bandwidth": (0.9, "pass"),
+        "rms_norm_residual, gpt2-124m: of copy bandwidth": (0.87, "miss"),
+        "rope, gpt2-124m: of copy bandwidth": (None, "waiting"),
+        "losses over 20 steps, gpt2-124m: unequal to PyTorch's": (0, "pass"),
+        "losses over 20 steps, llama-1.2b: unequal to PyTorch's": (None, "waiting"),
         "adamw, gpt2-124m: of copy bandwidth": (19000 / 12 / 2000, "miss"),
         "attention, gpt2-124m: speed of cuDNN called alone": (None, "waiting"),
         "fused linear cross entropy, gpt2-124m: speed of full logits": (1.5, "pass"),
@@ -253,6 +377,11 @@ def verdicts():
 def main():
     with tempfile.TemporaryDirectory() as folder:
         judged()
+        equal_losses()
+        best_of_all()
+        watched()
+        others(pathlib.Path(folder))
+        order(pathlib.Path(folder))
         captured()
         verdicts()
         limits(pathlib.Path(folder))

@@ -57,6 +57,8 @@ def main():
         assert len((there / "commit").read_text().split()[0]) == 40
         with tarfile.open(packed / "dependencies.tar.xz") as archive:
             kept = archive.getnames()
+            commit = archive.extractfile("usr/share/reprise/commit").read().decode()
+        assert commit == (there / "commit").read_text(), commit
         absent = [wanted for wanted in PRESENT if not any(wanted in name for name in kept)]
         assert not absent, absent
         lacking = pack(build, packed)

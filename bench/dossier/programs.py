@@ -6,7 +6,7 @@ import pathlib
 class Programs:
     """Of the build, or of its shim when dry."""
 
-    targets = ["reprise", "bench_step", "bench_device_kernels", "op_cases_test", "device_test", "kernels_test", "cudnn_test"]
+    targets = ["reprise", "bench_step", "bench_device_kernels", "op_cases_test", "device_test", "kernels_test", "cudnn_test", "distributed_test"]
 
     def __init__(self, args):
         build = pathlib.Path(args.build)

@@ -1,6 +1,7 @@
 """Items of work, done at most once each and kept as files, within a time that the session never passes."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Callable
 
 from . import machine
 
-HIGHEST_LIMIT = 500  # seconds of an item: a machine's command may take ten minutes, with its start and the copies
+HIGHEST_LIMIT = 500  # seconds: an item's longest time, below a run's
 
 
 @dataclasses.dataclass
@@ -44,26 +45,68 @@ class Session:
         self.end = self.start + 60 * args.minutes
         self.deadline, self.ends_session = self.end, True  # of the item that is being done
         self.begun = 0
-        self.out = pathlib.Path(args.out)
+        self.tried, self.paces = set(), {}  # in this session
         self.scratch = pathlib.Path(args.scratch)
-        self.out.mkdir(parents=True, exist_ok=True)
         self.scratch.mkdir(parents=True, exist_ok=True)
-        self.unpack()
         self.unpack_programs()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
         self.environment["LD_LIBRARY_PATH"] = ":".join([*machine.library_folders(args.python), os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
-        self.versions = machine.versions(args.python, root, pathlib.Path(args.build))
-        self.has_peers = not args.no_peers and "torch" in self.versions["peers"]
+        self.versions = machine.versions(args.python, root, pathlib.Path(args.build), pathlib.Path(args.prefix) if args.prefix else None)
+        self.origin = {"card": machine.card_state().get("name", "no card"), "commit": self.versions["commit"], "packed": self.versions["packed"]}
+        self.has_peers = not args.no_peers
+        self.out = pathlib.Path(args.out) if args.out else self.unfinished(root / "bench/results/gpu")
+        self.throttle_field = machine.throttle_field()
+
+    def begin(self):
+        """The folder of results, with those of the archive."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.unpack()
+        self.learn()
+        self.progress(None)
+
+    def look(self, folder):
+        """As begin, but leaves no trace: what the archive or the folder of results has is looked at in `folder`."""
+        if self.args.archive and os.path.exists(self.args.archive):
+            self.out = pathlib.Path(folder)
+            self.unpack()
+        self.learn()
+
+    def unfinished(self, results):
+        """The folder that was left last, of this card and commit, also after midnight; else one of today."""
+        card = "dry" if self.args.dry else machine.slug(self.origin["card"])
+        for folder in sorted(results.glob(f"????-??-??-{card}"), reverse=True):
+            file = folder / "progress.json"
+            said = json.loads(file.read_text()) if file.exists() else {"left": 0}
+            if said["left"] != 0 and all(said.get(name) == value for name, value in self.origin.items()):
+                return folder
+        return results / f"{datetime.date.today().isoformat()}-{card}"
+
+    def progress(self, left):
+        self.keep(self.out / "progress.json", {"left": left, **self.origin})
+
+    def lacks(self, *packages):
+        """Which of these PyTorch's side lacks, as a result; None where it has all."""
+        absent = sorted(set(packages) - machine.packages(self.versions))
+        return {"status": "not run", "error": f"{self.args.python} has no {', '.join(absent)}"} if absent else None
 
     def file(self, item):
         return self.out / "items" / (item.key + ".json")
 
     def result(self, item):
-        return json.loads(self.file(item).read_text()) if self.file(item).exists() else None
+        """What is there of this card and commit; another's is as good as absent, and is written over."""
+        result = json.loads(self.file(item).read_text()) if self.file(item).exists() else None
+        return result if result and self.is_own(result) else None
+
+    def is_own(self, record):
+        return self.args.keep_others or record.get("origin") == self.origin
+
+    def records(self):
+        """All results that lie there, whosever they are."""
+        return [json.loads(path.read_text()) for path in sorted((self.out / "items").rglob("*.json"))]
 
     def done(self, item):
         result = self.result(item)
-        return result is not None and not (self.args.again and result["status"] == "failed")
+        return result is not None and (result["status"] == "ok" or item.key in self.tried or not self.args.again)
 
     def seconds_left(self):
         return self.end - time.monotonic()
@@ -72,10 +115,25 @@ class Session:
     def cut_file(self, item):
         return self.out / "cut" / (item.key + ".json")
 
+    def estimate(self, item):
+        return item.seconds + (item.before(self) if item.before else 0)
+
+    def learn(self):
+        """How long items of each kind took, of what they were thought to: a quarter to all of it."""
+        kinds = {}
+        for record in self.records():
+            if record["status"] == "ok" and record.get("origin") == self.origin:
+                kinds.setdefault(record["key"].split("/")[0], []).append((record["seconds"], record["estimate"]))
+        shares = {kind: sum(took for took, _ in both) / sum(thought for _, thought in both) for kind, both in kinds.items() if len(both) > 1}
+        self.paces = {kind: min(1.0, max(0.25, share)) for kind, share in shares.items()}
+
+    def pace(self, item):
+        return self.paces.get(item.key.split("/")[0], 1.0)
+
     def needs(self, item):
-        seconds = item.seconds + (item.before(self) if item.before else 0)
-        if self.cut_file(item).exists():
-            seconds = max(seconds, 1.5 * json.loads(self.cut_file(item).read_text())["seconds"])
+        seconds = self.pace(item) * self.estimate(item)
+        if self.cut_file(item).exists() and self.is_own(cut := json.loads(self.cut_file(item).read_text())):
+            seconds = max(seconds, 1.5 * cut["seconds"])
         return min(seconds, item.limit, 0.95 * (self.end - self.start)) if self.args.minutes else seconds
 
     def keep(self, path, content):
@@ -90,15 +148,17 @@ class Session:
         for item in items:
             if self.done(item) or self.seconds_left() < self.needs(item):
                 continue
-            before, start = machine.card_state(), time.monotonic()
+            before, start, estimate = machine.card_state(), time.monotonic(), self.estimate(item)
+            watch = machine.Watch(self.throttle_field)
             self.deadline = min(start + item.limit, self.end)
             # One that had a session for itself and did not end will not in the next one.
             self.ends_session = self.deadline < start + item.limit and self.begun > 0
             self.begun += 1
             try:
-                result = item.call(self)
+                with watch:
+                    result = item.call(self)
             except Left:
-                self.keep(self.cut_file(item), {"seconds": time.monotonic() - start})
+                self.keep(self.cut_file(item), {"seconds": time.monotonic() - start, "origin": self.origin, "versions": self.versions})
                 print(f"    left  {item.key}  cut after {time.monotonic() - start:.1f} s", flush=True)
                 continue
             except subprocess.TimeoutExpired as error:
@@ -106,10 +166,12 @@ class Session:
             except Exception as error:  # an item that breaks must not take the others along
                 result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             result.update(
-                key=item.key, stage=item.stage, seconds=time.monotonic() - start, versions=self.versions,
-                card={"before": before, "after": machine.card_state()},
+                key=item.key, stage=item.stage, seconds=time.monotonic() - start, estimate=estimate, versions=self.versions,
+                origin=self.origin, card={"before": before, "during": watch.told(), "after": machine.card_state()},
             )  # fmt: skip
+            self.tried.add(item.key)
             self.keep(self.file(item), result)
+            self.learn()
             self.pack()
             print(f"{result['status']:>8}  {item.key}  {result['seconds']:.1f} s  {' '.join(result.get('error', '').split())[-200:]}", flush=True)
         return sum(not self.done(item) for item in items)

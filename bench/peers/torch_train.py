@@ -23,6 +23,8 @@ import time
 import numpy
 import torch
 
+FRESH_IDS = 256  # batches that differ can only be learned from where most ids never come
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -49,7 +51,7 @@ def tokens_of(args, vocabulary, step):
         z = (numpy.arange(first, first + count, dtype=numpy.uint64) + numpy.uint64(1)) * numpy.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-        z = (z ^ (z >> numpy.uint64(31))) % numpy.uint64(vocabulary)
+        z = (z ^ (z >> numpy.uint64(31))) % numpy.uint64(min(vocabulary, FRESH_IDS) if args.fresh else vocabulary)
     ids = torch.from_numpy(z.astype(numpy.int64)).reshape(args.batch, args.tokens)
     return ids.to(args.device)
 
@@ -84,6 +86,10 @@ def build(args, words, versions):
     import transformers
 
     versions["transformers"] = transformers.__version__
+    # No padding here: causal by the kernel. While it is compiled transformers would build a mask, which flash attention
+    # refuses and which costs the others their causal kernels.
+    if hasattr(transformers, "AttentionMaskInterface"):
+        transformers.AttentionMaskInterface.register("sdpa", lambda *args, **more: None)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = transformers.AutoModelForCausalLM.from_pretrained(args.folder, dtype=dtype, attn_implementation="sdpa")
     model.config.use_cache = False
@@ -120,6 +126,23 @@ def driver_bytes(device):
         return 0
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def begin_measuring(words):
+    """The peak from here on. A captured graph's launches allocate nothing: what it holds is what is reserved, less what
+    was reserved while kernels were tried."""
+    if "max-autotune" in words:
+        torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak_of(words, on_gpu):
+    peak_is = "reserved by the allocator" if "max-autotune" in words else "allocated"
+    if not on_gpu:
+        return {"peak_bytes": 0, "reserved_bytes": 0, "peak_is": peak_is}
+    reserved = torch.cuda.max_memory_reserved()
+    peak = reserved if "max-autotune" in words else torch.cuda.max_memory_allocated()
+    return {"peak_bytes": peak, "reserved_bytes": reserved, "peak_is": peak_is}
 
 
 def main():
@@ -159,7 +182,7 @@ def main():
     losses, times = [], []
     for number in range(args.warmup + args.steps):
         if number == args.warmup and on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            begin_measuring(words)
         loss, ms = step(number)
         losses.append(loss)
         times.append(ms)
@@ -179,8 +202,7 @@ def main():
         "tokens_per_s": args.batch * args.tokens / (statistics.median(timed) / 1e3),
         "step_ms": timed,
         "first_step_ms": first_ms,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
-        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
+        **peak_of(words, on_gpu),
         "driver_bytes": driver_bytes(args.device),
         "driver_bytes_before": before,
         "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
