@@ -16,6 +16,7 @@
 
 #include <fmt/format.h>
 
+#include "core/out_of_memory.h"
 #include "kernels/activation.h"
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
@@ -177,21 +178,21 @@ class Kernels {
     const std::int64_t rows = o_.rows();
     const Tensor labels = numbers({rows}, o_.vocabulary);
     const Tensor loss = drawn({}, DType::f32), one = Tensor::full({}, DType::f32, 1, o_.device);
-    {
+    where_there_is_memory({"cross_entropy", "cross_entropy_backward"}, [&] {
       const Tensor logits = drawn({rows, o_.vocabulary}), dx = drawn(logits.shape());
       const Tensor lse = drawn({rows}, DType::f32);
       time("cross_entropy", logits.bytes(), 0,
            [&] { kernels::cross_entropy(logits, labels, loss, lse); });
       time("cross_entropy_backward", 2 * logits.bytes(), 0,
            [&] { kernels::cross_entropy_backward(one, logits, labels, lse, dx); });
-    }
+    });
     const Tensor x = drawn({rows, o_.width}), w = drawn({o_.vocabulary, o_.width});
     const Tensor dx = drawn(x.shape()), dw = drawn(w.shape());
     const std::int64_t flops = 6 * rows * o_.width * o_.vocabulary;
     time_with_memory("linear_cross_entropy", flops,
                      [&] { kernels::linear_cross_entropy(x, w, labels, loss, dx, dw); });
     // The same from our own kernels, with the logits whole.
-    time_with_memory("full_logits_cross_entropy", flops, [&] {
+    const auto whole = [&] {
       const Tensor logits = Tensor::empty({rows, o_.vocabulary}, o_.type(), o_.device);
       const Tensor lse = Tensor::empty({rows}, DType::f32, o_.device);
       kernels::matmul(x, w, logits, {.transpose_b = true});
@@ -199,7 +200,24 @@ class Kernels {
       kernels::cross_entropy_backward(one, logits, labels, lse, logits);
       kernels::matmul(logits, w, dx);
       kernels::matmul(logits, x, dw, {.transpose_a = true});
-    });
+    };
+    where_there_is_memory({"full_logits_cross_entropy"},
+                          [&] { time_with_memory("full_logits_cross_entropy", flops, whole); });
+  }
+
+  // Kernels that the device has no memory for are told as that.
+  void where_there_is_memory(const std::vector<std::string>& names,
+                             const std::function<void()>& run) {
+    const std::size_t before = rows_.size();
+    try {
+      run();
+    } catch (const OutOfMemory&) {
+      rows_.erase(rows_.begin() + static_cast<std::ptrdiff_t>(std::min(before, rows_.size())),
+                  rows_.end());
+      for (const std::string& name : names) {
+        rows_.push_back({{"kernel", name}, {"ms", nullptr}, {"error", "not run: out of memory"}});
+      }
+    }
   }
 
   // Also what it took beside its inputs and gradients.
