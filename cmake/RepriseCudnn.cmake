@@ -10,11 +10,10 @@ set(REPRISE_CUDNN_FRONTEND_HASH c6006556017a4d1c914c52a556c71b1267f2d6a0500f742e
 set(REPRISE_HAS_CUDNN OFF)
 
 # Where PyTorch's packages put things.
-find_package(Python3 QUIET COMPONENTS Interpreter)
 set(site_packages "")
-if(Python3_Interpreter_FOUND)
+if(REPRISE_PYTHON)
   execute_process(
-    COMMAND ${Python3_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    COMMAND ${REPRISE_PYTHON} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
 
@@ -22,13 +21,13 @@ endif()
 function(reprise_download_cudnn_frontend result)
   set(folder ${PROJECT_BINARY_DIR}/cudnn_frontend)
   set(${result} ${folder}/include PARENT_SCOPE)
-  if(EXISTS ${folder}/include/cudnn_frontend.h OR NOT Python3_Interpreter_FOUND)
+  if(EXISTS ${folder}/include/cudnn_frontend.h OR NOT REPRISE_PYTHON)
     return()
   endif()
   file(WRITE ${folder}/requirements.txt
     "nvidia-cudnn-frontend==${REPRISE_CUDNN_FRONTEND_VERSION} --hash=sha256:${REPRISE_CUDNN_FRONTEND_HASH}\n")
   execute_process(
-    COMMAND ${Python3_EXECUTABLE} -m pip download --quiet --disable-pip-version-check --no-deps
+    COMMAND ${REPRISE_PYTHON} -m pip download --quiet --disable-pip-version-check --no-deps
       --only-binary=:all: --python-version 3.11 --implementation cp --abi cp311
       --platform manylinux_2_28_x86_64 --require-hashes -r ${folder}/requirements.txt -d ${folder}
     RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output TIMEOUT 300)
