@@ -19,6 +19,7 @@
 #include "nn/models/gpt2.h"
 #include "nn/models/llama.h"
 #include "nn/weights/json.h"
+#include "tests/device_models.h"
 #include "tests/error_of.h"
 #include "tests/op_case.h"
 #if defined(REPRISE_SHIM_DEVICE)
@@ -34,15 +35,9 @@
 namespace reprise::train {
 namespace {
 
-constexpr Device kDevice{DeviceKind::cuda, 0};
-
-constexpr const char* kGpt2 = R"({
-  "model_type": "gpt2", "vocab_size": 67, "n_positions": 32, "n_embd": 24, "n_layer": 2,
-  "n_head": 3, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})";
-constexpr const char* kLlama = R"({
-  "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 56,
-  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-  "max_position_embeddings": 64, "tie_word_embeddings": false})";
+using testing::kDevice;
+using testing::kGpt2;
+using testing::kLlama;
 
 struct Story {
   const char* name;

@@ -16,6 +16,7 @@
 #include "nn/models/language_model.h"
 #include "nn/optimizer/schedule.h"
 #include "nn/weights/json.h"
+#include "tests/device_models.h"
 #include "tests/error_of.h"
 #if defined(REPRISE_SHIM_DEVICE)
 #include "tests/core/cuda_stand_in.h"
@@ -29,15 +30,9 @@ namespace {
 
 using testing::error_of;
 
-constexpr Device kDevice{DeviceKind::cuda, 0};
-
-constexpr const char* kGpt2 = R"({
-  "model_type": "gpt2", "vocab_size": 67, "n_positions": 32, "n_embd": 24, "n_layer": 2,
-  "n_head": 3, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})";
-constexpr const char* kLlama = R"({
-  "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 56,
-  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-  "max_position_embeddings": 64, "tie_word_embeddings": false})";
+using testing::kDevice;
+using testing::kGpt2;
+using testing::kLlama;
 
 struct Story {
   const char* name;

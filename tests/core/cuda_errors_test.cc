@@ -1,6 +1,5 @@
 #include "core/cuda_errors.h"
 
-#include <functional>
 #include <memory>
 #include <string>
 
@@ -10,18 +9,12 @@
 #include "core/cuda_device.h"
 #include "core/error.h"
 #include "core/out_of_memory.h"
+#include "tests/error_of.h"
 
 namespace reprise {
 namespace {
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
+using testing::error_of;
 
 TEST(CudaErrors, AdviceForWhatAUserCanMend) {
   EXPECT_NE(cuda_advice(35).find("install NVIDIA's driver"), std::string::npos);
@@ -34,7 +27,7 @@ TEST(CudaErrors, AdviceForWhatAUserCanMend) {
 
 TEST(CudaErrors, CardsOfThisBuild) {
   const auto says = [](int major, int minor) {
-    return message_of([&] { expect_capability("cuda:0", "NVIDIA T4", major, minor); });
+    return error_of([&] { expect_capability("cuda:0", "NVIDIA T4", major, minor); });
   };
   EXPECT_EQ(says(8, 0), "no error");
   EXPECT_EQ(says(8, 7), "no error");
@@ -55,7 +48,7 @@ TEST(CudaErrors, WithoutCudaWhatToInstall) {
   if (cuda_device_count() > 0) {
     GTEST_SKIP() << "there is a device";
   }
-  const std::string text = message_of([] { cuda_allocator({DeviceKind::cuda, 0}); });
+  const std::string text = error_of([] { cuda_allocator({DeviceKind::cuda, 0}); });
   EXPECT_TRUE(text.find("install the CUDA toolkit") != std::string::npos ||
               text.find("install NVIDIA's driver") != std::string::npos ||
               text.find("nvidia-smi -L") != std::string::npos)
@@ -84,7 +77,7 @@ TEST(CudaErrors, OutOfMemorySaysWhoHoldsWhat) {
   void* const weights = allocator.allocate(700, MemoryKind::parameters, true, unnamed, first);
   allocator.set_segment("block.3");
   void* const values = allocator.allocate(200, MemoryKind::saved, true, segment, second);
-  EXPECT_EQ(message_of([&] {
+  EXPECT_EQ(error_of([&] {
               std::uint32_t none = 0;
               std::uint64_t number = 0;
               allocator.allocate(5000, MemoryKind::activations, true, none, number);

@@ -2,7 +2,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -14,9 +13,12 @@
 #include "kernels/matmul_choices.h"
 #include "kernels/matmul_sides.h"
 #include "tests/cuda/cublaslt_recorded.h"
+#include "tests/error_of.h"
 
 namespace reprise::kernels {
 namespace {
+
+using testing::error_of;
 
 using testing::recorded_library;
 using testing::RecordedProduct;
@@ -68,15 +70,6 @@ RecordedProduct multiply(const TileShape& s) {
     }
   }
   return recorded_library().products.back();
-}
-
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 TEST(MatmulLibrary, RowsAreTheLibrarysColumns) {
@@ -164,7 +157,7 @@ TEST(MatmulLibrary, TheAlgorithmOfAShapeIsKept) {
 
 TEST(MatmulLibrary, NoAlgorithmIsAnErrorThatNamesTheProduct) {
   recorded_library().has_algorithm = false;
-  EXPECT_EQ(message_of([] { multiply(shape(3, 1, 17)); }),
+  EXPECT_EQ(error_of([] { multiply(shape(3, 1, 17)); }),
             "[matmul] cuBLASLt has no algorithm for [3, 17] x [17, 1], f32 to f32: not supported");
   recorded_library().has_algorithm = true;
 }
@@ -213,18 +206,18 @@ TEST(Launch, AFailureNamesKernelAndSizes) {
   const LaunchSizes sizes{{7, 2, 1}, {256, 1, 1}, 1024};
   const std::string as =
       ", launched as [7, 2, 1] blocks of [256, 1, 1] threads with 1024 bytes of shared memory";
-  EXPECT_EQ(message_of([&] { fail_launch("rms_norm", sizes, false, 9); }),
+  EXPECT_EQ(error_of([&] { fail_launch("rms_norm", sizes, false, 9); }),
             "[rms_norm] CUDA: status 9" + as);
   // Somebody else's fault, that this launch only met; in checked mode its own.
-  const std::string met = message_of([&] { fail_launch("rms_norm", sizes, false, 700); });
+  const std::string met = error_of([&] { fail_launch("rms_norm", sizes, false, 700); });
   EXPECT_NE(met.find("a kernel that was started earlier made it"), std::string::npos) << met;
-  EXPECT_EQ(message_of([&] { fail_launch("rms_norm", sizes, true, 700); }),
+  EXPECT_EQ(error_of([&] { fail_launch("rms_norm", sizes, true, 700); }),
             "[rms_norm] CUDA: status 700" + as);
 }
 
 TEST(Matmul, ARefusedProductNamesItsSizes) {
   recorded_library().multiplies = false;
-  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4, false, false, DType::bf16)); }),
+  EXPECT_EQ(error_of([] { multiply(shape(2, 3, 4, false, false, DType::bf16)); }),
             "[matmul] cuBLASLt: product of [2, 4] x [4, 3] of bf16 to f32: not supported");
   recorded_library().multiplies = true;
 }
@@ -235,9 +228,9 @@ TEST(MatmulChecked, AFaultIsThatOfTheProductThatMadeIt) {
     GTEST_SKIP() << "not in checked mode";
   }
   recorded_library().status = 700;
-  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4)); }),
+  EXPECT_EQ(error_of([] { multiply(shape(2, 3, 4)); }),
             "[matmul] CUDA: status 700, asked for [2, 4] x [4, 3] of f32 to f32");
-  EXPECT_EQ(message_of([] { multiply(shape(2, 3, 4)); }), "no error");
+  EXPECT_EQ(error_of([] { multiply(shape(2, 3, 4)); }), "no error");
 }
 
 class MatmulChoicesFile : public ::testing::Test {

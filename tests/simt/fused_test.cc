@@ -1,5 +1,4 @@
 // What the library's attention is asked for, seen by a stand-in.
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -7,6 +6,7 @@
 
 #include "core/error.h"
 #include "kernels/attention.h"
+#include "tests/error_of.h"
 #include "tests/op_case.h"
 #include "tests/simt/fused_simt.h"
 
@@ -60,15 +60,6 @@ Gradients backward(const Call& call, const AttentionOptions& options, bool accum
   kernels::attention_backward(call.in, call.out, call.log_sum_exp, call.dout,
                               {g.dq, g.dk, g.dv, accumulate, accumulate, accumulate}, options);
   return g;
-}
-
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 class FusedAttention : public ::testing::Test {
@@ -152,7 +143,7 @@ TEST_F(FusedAttention, ARefusalIsKeptAndTiledKernelsGiveTheSame_cuda) {
   EXPECT_EQ(fused_record().asked.size(), 1u);
   EXPECT_TRUE(fused_record().runs.empty());
   const AttentionKernels before = kernels::set_attention_kernels(AttentionKernels::fused);
-  EXPECT_EQ(message_of([&] { forward(call, options); }),
+  EXPECT_EQ(error_of([&] { forward(call, options); }),
             "[attention] no fused kernel takes this call: no engine");
   kernels::set_attention_kernels(before);
   fused_refusal_of_library().clear();
@@ -173,20 +164,19 @@ TEST_F(FusedAttention, ARefusalIsKeptAndTiledKernelsGiveTheSame_cuda) {
 TEST_F(FusedAttention, WhoWantsItFusedIsToldWhyNot_cuda) {
   kernels::set_attention_kernels(AttentionKernels::fused);
   const Call f32 = drawn({1, 6, 1, 6, 1, 8}, DType::f32);
-  EXPECT_EQ(message_of([&] { forward(f32); }), "[attention] no fused kernel takes f32");
-  EXPECT_EQ(message_of([&] { backward(f32, {}); }),
-            "[attention_backward] no fused kernel takes f32");
+  EXPECT_EQ(error_of([&] { forward(f32); }), "[attention] no fused kernel takes f32");
+  EXPECT_EQ(error_of([&] { backward(f32, {}); }), "[attention_backward] no fused kernel takes f32");
 }
 
 TEST_F(FusedAttention, NoCudnn_cuda) {
   fused_library_missing() = "libcudnn.so.9: cannot open shared object file";
   const Call call = drawn({1, 23, 1, 23, 1, 8});
-  EXPECT_EQ(message_of([&] { forward(call); }),
+  EXPECT_EQ(error_of([&] { forward(call); }),
             "[attention] cuDNN cannot be loaded: libcudnn.so.9: cannot open shared object file: "
             "install cuDNN 9 (Debian: cudnn9-cuda-13; PyPI: nvidia-cudnn-cu13) where the loader "
             "finds it, or run with REPRISE_ATTENTION=tiled");
   kernels::set_attention_kernels(AttentionKernels::tiled);
-  EXPECT_EQ(message_of([&] { forward(call); }), "no error");
+  EXPECT_EQ(error_of([&] { forward(call); }), "no error");
 }
 
 TEST_F(FusedAttention, GradientsAreAddedOrReplaced_cuda) {
